@@ -1,0 +1,326 @@
+//! The stage driver: runs a build document from the first check to the published image, times every stage, and turns
+//! whatever ends it into one report.
+
+mod documents;
+mod provenance;
+mod provider;
+mod sbom;
+mod workspace;
+
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    documents::Documents,
+    provider::{Provided, Provider},
+    workspace::{Workspace, WorkspaceError},
+};
+use crate::{
+    contract::{
+        BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, FailureClass, FailureReport,
+        ImageReport, PublishTarget, Stage,
+    },
+    error::Chain,
+    fetch::{FetchError, Fetcher},
+    http::{self, HttpError},
+    native::{
+        Fetched, Native, NativeError,
+        accelerator::{self, AcceleratorError, Virtualization},
+    },
+    package::{Format, ImageSource},
+    process::Runner,
+    progress::Reporter,
+    publish::{self, PublishError, Published, Publisher, nutanix::NutanixError, vsphere::VsphereError},
+    secret::{Credentials, Redactor},
+};
+
+/// What a build runs in.
+#[derive(Debug)]
+pub struct Environment {
+    /// Directory for everything the build writes.
+    pub work_dir: PathBuf,
+    pub reporter: Reporter,
+    pub redactor: Redactor,
+    pub credentials: Credentials,
+    /// Whether the image is put into the provider that the document names; else it is only packaged as that one wants it.
+    pub import: bool,
+    /// Stops the build, which then cleans up.
+    pub cancel: CancellationToken,
+}
+
+/// What ended a build early.
+#[derive(Debug, thiserror::Error)]
+enum BuildError {
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    #[error(transparent)]
+    Accelerator(#[from] AcceleratorError),
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    #[error(transparent)]
+    Native(#[from] NativeError),
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    #[error(transparent)]
+    Vsphere(#[from] VsphereError),
+    #[error(transparent)]
+    Nutanix(#[from] NutanixError),
+    #[error("can not read the trust bundle {}", .path.display())]
+    TrustBundle { path: PathBuf, source: std::io::Error },
+    #[error("can not find this program's own file")]
+    Program(#[source] std::io::Error),
+    #[error("the build was cancelled")]
+    Cancelled,
+    #[error("nothing was fetched or published where something should have been; this is a defect of image-builder")]
+    Inconsistent,
+}
+
+impl BuildError {
+    fn inner(&self) -> Option<&dyn Classified> {
+        Some(match self {
+            Self::Workspace(error) => error,
+            Self::Http(error) => error,
+            Self::Accelerator(error) => error,
+            Self::Fetch(error) => error,
+            Self::Native(error) => error,
+            Self::Publish(error) => error,
+            Self::Vsphere(error) => error,
+            Self::Nutanix(error) => error,
+            Self::TrustBundle { .. } | Self::Program(_) | Self::Cancelled | Self::Inconsistent => return None,
+        })
+    }
+}
+
+impl Classified for BuildError {
+    fn class(&self) -> FailureClass {
+        match (self, self.inner()) {
+            (_, Some(inner)) => inner.class(),
+            (Self::TrustBundle { .. }, _) => FailureClass::BadInput,
+            (Self::Program(_), _) => FailureClass::Environment,
+            (Self::Cancelled, _) => FailureClass::Cancelled,
+            (_, None) => FailureClass::Internal,
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match (self, self.inner()) {
+            (_, Some(inner)) => inner.reason(),
+            (Self::TrustBundle { .. }, _) => "InvalidTrustBundle",
+            (Self::Program(_), _) => "ToolMissing",
+            (Self::Cancelled, _) => "Cancelled",
+            (_, None) => "Inconsistent",
+        }
+    }
+}
+
+/// Runs the whole build. Nothing of it but the download cache is left in the work directory, however it ends.
+pub async fn run(request: &BuildRequest, environment: Environment) -> BuildReport {
+    let redactor = environment.redactor.clone();
+    let mut build = Build { request, environment, stage: Stage::Prepare, stage_seconds: BTreeMap::new() };
+    match build.run().await {
+        Ok(outcome) => BuildReport::Succeeded(Box::new(outcome)),
+        Err(error) => {
+            // Whatever failed because it was stopped, it was stopped.
+            let error = if build.environment.cancel.is_cancelled() { BuildError::Cancelled } else { error };
+            BuildReport::Failed(FailureReport {
+                stage: build.stage,
+                class: error.class(),
+                reason: error.reason().to_owned(),
+                message: redactor.redact(&Chain(&error).to_string()).into_owned(),
+            })
+        }
+    }
+}
+
+/// Removes what the attempts of a build have left half-made at its provider, which is where they may leave anything when
+/// they are killed; with `finished_too` also the image that the build made there. A second time finds nothing to do.
+pub async fn clean_up(
+    request: &BuildRequest,
+    finished_too: bool,
+    reporter: Reporter,
+    redactor: Redactor,
+    cancel: CancellationToken,
+) -> Result<(), FailureReport> {
+    let work = async {
+        let Some(target) = &request.provider_target else { return Ok(()) };
+        let credentials = Credentials::new(redactor.clone());
+        let bundle = trust_bundle(request)?;
+        let provider = Provider::new(target, request, bundle, credentials, reporter, cancel.clone());
+        cancel.run_until_cancelled(provider.clean_up(request, finished_too)).await.unwrap_or(Err(BuildError::Cancelled))
+    };
+    work.await.map_err(|error| FailureReport {
+        stage: Stage::Publish,
+        class: error.class(),
+        reason: error.reason().to_owned(),
+        message: redactor.redact(&Chain(&error).to_string()).into_owned(),
+    })
+}
+
+/// The additional certificate authorities (PEM).
+fn trust_bundle(request: &BuildRequest) -> Result<Option<Vec<u8>>, BuildError> {
+    let Some(path) = &request.trust_bundle else { return Ok(None) };
+    fs::read(path).map(Some).map_err(|source| BuildError::TrustBundle { path: path.clone(), source })
+}
+
+struct Build<'b> {
+    request: &'b BuildRequest,
+    environment: Environment,
+    stage: Stage,
+    stage_seconds: BTreeMap<Stage, f64>,
+}
+
+impl Build<'_> {
+    async fn run(&mut self) -> Result<BuildOutcome, BuildError> {
+        let workspace = Workspace::create(&self.environment.work_dir)?;
+        // On the heap: the stages hold much between them.
+        let result = Box::pin(self.stages(&workspace)).await;
+        if let Err(error) = workspace.remove() {
+            tracing::warn!("{}", Chain(&error));
+        }
+        result
+    }
+
+    /// Runs one stage and notes how long it took.
+    async fn stage<T, E: Into<BuildError>>(
+        &mut self,
+        stage: Stage,
+        work: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, BuildError> {
+        self.stage = stage;
+        if self.environment.cancel.is_cancelled() {
+            return Err(BuildError::Cancelled);
+        }
+        let begin = Instant::now();
+        let result = work.await.map_err(Into::into);
+        let seconds = begin.elapsed().as_secs_f64();
+        self.stage_seconds.insert(stage, (seconds * 10.0).round() / 10.0);
+        tracing::info!(%stage, seconds, succeeded = result.is_ok(), "stage ended");
+        result
+    }
+
+    async fn stages(&mut self, workspace: &Workspace) -> Result<BuildOutcome, BuildError> {
+        let started = Timestamp::now();
+        let request = self.request;
+        let Environment { reporter, redactor, credentials, cancel, import, .. } = &self.environment;
+        let (reporter, credentials, cancel, import) = (reporter.clone(), credentials.clone(), cancel.clone(), *import);
+        let runner = Runner::new(redactor.clone(), cancel.clone());
+        let native = Native::new(request, workspace.dir(), runner.clone(), reporter.clone());
+
+        let prepare = async {
+            reporter.report(Stage::Prepare, 0.0, "looking at the node");
+            native.check()?;
+            let trust_bundle = trust_bundle(request)?;
+            let client = http::client(&request.proxy, trust_bundle.as_deref())?;
+            let uploads = publish::upload_client(&request.proxy, trust_bundle.as_deref())?;
+            let provider = request.provider_target.as_ref().map(|target| {
+                Provider::new(target, request, trust_bundle, credentials.clone(), reporter.clone(), cancel.clone())
+            });
+            if let Some(provider) = provider.as_ref().filter(|_| import) {
+                provider.preflight(request).await?;
+            }
+            let virtualization = match request.verify.boot {
+                BootVerification::Never => None,
+                BootVerification::Required | BootVerification::WhenAccelerated => {
+                    Some(accelerator::probe(request.verify.accelerator, workspace.dir(), &runner).await?)
+                }
+            };
+            Ok::<_, BuildError>((client, uploads, provider, virtualization))
+        };
+        let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
+
+        let fetch = async {
+            reporter.report(Stage::Fetch, 0.0, "downloading");
+            let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
+            let wanted = Fetched::wanted(&request.release);
+            let (base, files) =
+                tokio::try_join!(fetcher.fetch_base(&request.base, |_, _| {}), fetcher.fetch_all(&wanted, &reporter))?;
+            Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
+        };
+        let ((base, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
+
+        let cache = workspace.cache();
+        let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
+        let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
+        let assembled = self.stage(Stage::Assemble, native.assemble(expected)).await?;
+
+        let verify = async {
+            let program = std::env::current_exe().map_err(BuildError::Program)?;
+            Ok::<_, BuildError>(match (virtualization, request.verify.boot) {
+                (None, _) => "not booted, because spec.verify.boot is Never".to_owned(),
+                (Some(Virtualization::Software), BootVerification::WhenAccelerated) => {
+                    "not booted, because KVM runs no guest on the node".to_owned()
+                }
+                (Some(virtualization), _) => native.verify(&assembled, virtualization, &program).await?.summary(),
+            })
+        };
+        let verification = self.stage(Stage::Verify, verify).await?;
+
+        let format = provider.as_ref().map_or(Format::RawGz, |provider| provider.format(request));
+        let source = ImageSource::new(&assembled.disk, &request.image_stem(), format);
+        let file = exported(&source, request);
+        let publisher = Publisher::new(client, uploads, credentials, reporter.clone(), cancel);
+        reporter.report(Stage::Publish, 0.0, "packaging and uploading the image");
+        let publish = async {
+            let provided = match provider.as_ref().filter(|_| import) {
+                Some(provider) => Some(provider.publish(request, &source).await?),
+                None => None,
+            };
+            let published = publisher.publish_all(&request.publish, &file).await?;
+            let image =
+                image_report(&source, &file, provided, published, base_digest).ok_or(BuildError::Inconsistent)?;
+            let about = (file.file_name(), &image);
+            let Documents { sbom, provenance } =
+                documents::publish(&publisher, request, workspace, &assembled, about, started).await?;
+            Ok::<_, BuildError>(ImageReport { sbom, provenance, ..image })
+        };
+        let image = self.stage(Stage::Publish, publish).await?;
+        reporter.report(Stage::Publish, 1.0, "published");
+        Ok(BuildOutcome { image, verification, stage_seconds: self.stage_seconds.clone() })
+    }
+}
+
+/// The file for the targets. What goes into a person's directory is raw where Prism Central gets qcow2: as the EKS Anywhere
+/// tool exports it.
+fn exported(source: &ImageSource, request: &BuildRequest) -> ImageSource {
+    let for_person = request.publish.iter().any(|target| matches!(target, PublishTarget::Directory { .. }));
+    match source.format() {
+        Format::Qcow2 if for_person => ImageSource::new(source.disk(), &request.image_stem(), Format::Raw),
+        _ => source.clone(),
+    }
+}
+
+/// What was published: in the provider, else at the first target.
+fn image_report(
+    source: &ImageSource,
+    file: &ImageSource,
+    provided: Option<Provided>,
+    published: Vec<Published>,
+    base_digest: String,
+) -> Option<ImageReport> {
+    let first = published.first().map(|one| one.summary.clone());
+    let format = if first.is_some() { file.format() } else { source.format() };
+    let (name, vsphere, uuid, summary) = match provided {
+        // The file is that of a target where there is one, else what the provider got.
+        Some(provided) => (provided.name, provided.vsphere, provided.uuid, first.unwrap_or(provided.summary)),
+        None => (file.file_name().to_owned(), None, None, first?),
+    };
+    let mut urls = published.into_iter().map(|one| one.url);
+    Some(ImageReport {
+        name,
+        format: format.as_str().to_owned(),
+        url: urls.next(),
+        additional_urls: urls.collect(),
+        size: summary.size,
+        virtual_size: summary.virtual_size,
+        sha256: summary.sha256,
+        vsphere,
+        uuid,
+        base_digest,
+        sbom: None,
+        provenance: None,
+    })
+}

@@ -1,0 +1,365 @@
+//! Reads everything that the plan needs. All reads are here.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use k8s_openapi::api::{
+    batch::v1::Job,
+    core::v1::{ConfigMap, Event, Pod, Secret},
+};
+use kube::{Api, Client, ResourceExt, api::ListParams, core::PartialObjectMeta};
+use serde::de::DeserializeOwned;
+
+use super::{
+    BuildRef, INPUTS_DIGEST, RELEASE, RUN_DIGEST, SPEC_DIGEST, TRIGGER,
+    cleanup::Outside,
+    context::Context,
+    error::{Error, api_status},
+    job_state::{self, JobState, PodState},
+    plan::{Inputs, Observed, ObservedJob},
+    queue::{Queue, Standing, server},
+    rebuild::{self, Due, Found},
+    reconcile::Guarded,
+    references::{self, Lookup, ObjectKind, Reference, Use, references},
+    resources::object_name,
+    scoped,
+    status::{condition, release_status},
+    validate::{self, Refusal, Wish, wish},
+};
+use crate::{
+    api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
+    contract::{BaseChecksum, Classified},
+    error::Chain,
+    release::{ReleaseError, ReleaseQuery},
+};
+
+/// Objects of one page of a list.
+const PAGE: u32 = 500;
+/// Wait before a list that failed is asked for again.
+const LIST_RETRY: Duration = Duration::from_secs(2);
+
+/// Longest time for reading the release documents, with all their redirects and silences.
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Puts all builds that run or wait into the queue, so that the first pass after a start already knows them. Waits for an
+/// API server that is away.
+pub(super) async fn fill(queue: &Queue, client: &Client, namespace: Option<&str>) {
+    if queue.limits().is_none() {
+        return;
+    }
+    while let Err(error) = try_to_fill(queue, client, namespace).await {
+        tracing::warn!(%error, "can not list the builds that run and wait; it is tried again");
+        tokio::time::sleep(LIST_RETRY).await;
+    }
+}
+
+async fn try_to_fill(queue: &Queue, client: &Client, namespace: Option<&str>) -> kube::Result<()> {
+    let mut servers = BTreeMap::new();
+    each_page(&scoped::<Guarded>(client, namespace), ListParams::default(), |object| {
+        let Ok(build) = object.0 else { return };
+        let reference = BuildRef::of(&build);
+        let server = server(&build.spec);
+        if let (Some(status), false) = (&build.status, build.spec.suspend)
+            && status.phase == Some(Phase::Queued)
+            && let Some(reconciling) = condition(status, RECONCILING)
+        {
+            let since = reconciling.last_transition_time.0;
+            queue.seed(reference.clone(), Standing::Wants { server: server.clone(), since, replaces: false });
+        }
+        servers.insert(reference, server);
+    })
+    .await?;
+    each_page(&scoped::<Job>(client, namespace), ListParams::default().labels(NAME_LABEL), |job| {
+        let active = job.metadata.deletion_timestamp.is_none() && !job_state::read(&job, &[]).is_finished();
+        if let (true, Some(name)) = (active, job.labels().get(NAME_LABEL)) {
+            let build = BuildRef { namespace: job.namespace().unwrap_or_default(), name: name.clone() };
+            let server = servers.get(&build).cloned().flatten();
+            queue.seed(build, Standing::Builds { server });
+        }
+    })
+    .await
+}
+
+/// Hands over every object of a list without holding all of them.
+async fn each_page<K>(api: &Api<K>, mut params: ListParams, mut take: impl FnMut(K)) -> kube::Result<()>
+where
+    K: Clone + DeserializeOwned + std::fmt::Debug,
+{
+    params.limit = Some(PAGE);
+    loop {
+        let page = api.list(&params).await?;
+        params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+        page.items.into_iter().for_each(&mut take);
+        if params.continue_token.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+/// The objects of a build in the cluster.
+pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Result<Observed, Error> {
+    let namespace = build.namespace().unwrap_or_default();
+    let name = build.name_any();
+    let uid = build.uid().unwrap_or_default();
+    let ours = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
+    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
+    let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
+    let secrets: Api<Secret> = Api::namespaced(context.client.clone(), &namespace);
+    // Pods after Jobs: what a Job says about its pod must be visible in the pod as well.
+    let jobs = jobs.list(&ours).await.map_err(Error::api(format!("list the Jobs of `{name}`")))?;
+    let (pods, secrets) = tokio::try_join!(
+        async { pods.list(&ours).await.map_err(Error::api(format!("list the pods of `{name}`"))) },
+        async { secrets.list_metadata(&ours).await.map_err(Error::api(format!("list the Secrets of `{name}`"))) },
+    )?;
+    let owned = |owners: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference]| {
+        owners.iter().any(|owner| owner.uid == uid)
+    };
+    let observed_jobs: Vec<ObservedJob> = jobs
+        .items
+        .iter()
+        .filter(|job| owned(job.owner_references()))
+        .filter_map(|job| observed_job(job, &pods.items))
+        .collect();
+
+    let mut pod_refusals = BTreeMap::new();
+    for job in &observed_jobs {
+        if let JobState::Active { pod: PodState::Absent, .. } = job.state
+            && !job.deleting
+            && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs.items).await?
+        {
+            pod_refusals.insert(job.build_id.clone(), message);
+        }
+    }
+    let running = observed_jobs.iter().filter(|job| !job.deleting).find_map(|job| match &job.state {
+        JobState::Active { pod: PodState::Running { pod }, .. } => Some(pod),
+        _ => None,
+    });
+    Ok(Observed {
+        wish: wish(&build),
+        progress: running.and_then(|pod| context.followers.latest(&uid, pod)),
+        secrets: secrets
+            .items
+            .iter()
+            .filter(|secret| owned(secret.owner_references()))
+            .filter_map(|secret: &PartialObjectMeta<Secret>| secret.labels().get(BUILD_ID_LABEL).cloned())
+            .collect(),
+        outside: Outside::read(
+            &jobs.items.iter().filter(|job| owned(job.owner_references())).collect::<Vec<_>>(),
+            &pods.items,
+            &secrets.items.iter().filter(|secret| owned(secret.owner_references())).collect::<Vec<_>>(),
+        ),
+        live_pods: live_pods(&pods.items),
+        jobs: observed_jobs,
+        pod_refusals,
+        manifest_changed: follow_release(&build, context),
+        build,
+    })
+}
+
+/// Whether the release manifest changed, where a new release starts a build.
+fn follow_release(build: &NodeImageBuild, context: &Context) -> bool {
+    let follows = build.metadata.deletion_timestamp.is_none()
+        && !build.spec.suspend
+        && build.spec.rebuild.as_ref().is_some_and(|rebuild| rebuild.on_new_release);
+    let reference = BuildRef::of(build);
+    if !follows {
+        context.releases.leave(&reference);
+    }
+    follows && context.releases.has_news(&reference)
+}
+
+fn live_pods(pods: &[Pod]) -> BTreeSet<String> {
+    let ended = |pod: &Pod| {
+        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+        matches!(phase, Some("Succeeded" | "Failed"))
+    };
+    pods.iter().filter(|pod| !ended(pod)).filter_map(|pod| pod.labels().get(BUILD_ID_LABEL).cloned()).collect()
+}
+
+fn observed_job(job: &Job, pods: &[Pod]) -> Option<ObservedJob> {
+    let annotation = |key: &str| job.annotations().get(key).cloned();
+    Some(ObservedJob {
+        build_id: job.labels().get(BUILD_ID_LABEL)?.clone(),
+        deleting: job.metadata.deletion_timestamp.is_some(),
+        created: job.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        wish: Wish {
+            spec_digest: annotation(SPEC_DIGEST).unwrap_or_default(),
+            run_digest: annotation(RUN_DIGEST).unwrap_or_default(),
+            rebuild: annotation(REBUILD_ANNOTATION),
+        },
+        inputs_digest: annotation(INPUTS_DIGEST),
+        trigger: annotation(TRIGGER),
+        release: annotation(RELEASE).and_then(|json| serde_json::from_str(&json).ok()),
+        state: job_state::read(job, pods),
+    })
+}
+
+/// What the Job controller says when the API server does not let it create the pod. A Job has no condition for that.
+async fn pod_refusal(
+    context: &Context,
+    namespace: &str,
+    name: &str,
+    job: &ObservedJob,
+    jobs: &[Job],
+) -> Result<Option<String>, Error> {
+    let job_name = object_name(name, &job.build_id);
+    let uid = jobs.iter().find(|job| job.name_any() == job_name).and_then(ResourceExt::uid).unwrap_or_default();
+    let events: Api<Event> = Api::namespaced(context.client.clone(), namespace);
+    let about = format!("involvedObject.uid={uid},reason=FailedCreate");
+    let found = events
+        .list(&ListParams::default().fields(&about))
+        .await
+        .map_err(Error::api(format!("list the events of the Job `{job_name}`")))?;
+    let newest = found.items.into_iter().max_by_key(|event| {
+        event.last_timestamp.as_ref().map(|time| time.0).or(event.event_time.as_ref().map(|time| time.0))
+    });
+    Ok(newest.and_then(|event| event.message))
+}
+
+/// Whether the build can start, and with what.
+pub(super) async fn inputs(observed: &Observed, context: &Context, now: Timestamp) -> Result<Inputs, Error> {
+    let build = &observed.build;
+    let reference = BuildRef::of(build.as_ref());
+    if build.metadata.deletion_timestamp.is_some() {
+        context.referrers.set(&reference, []);
+    }
+    if !observed.needs_inputs(now) {
+        return Ok(Inputs::NotNeeded);
+    }
+    if let Err(refusal) = validate::check(&build.spec, &context.settings) {
+        return Ok(Inputs::Refused(refusal));
+    }
+    let references = references(&build.spec);
+    // Before the objects are read: a change in between must not go unnoticed.
+    context.referrers.set(&reference, references.iter().map(|one| (one.kind, one.name.clone())));
+    let objects = look_up(&references, &reference.namespace, context).await?;
+    let lookups = objects.iter().map(|(key, data)| (key.clone(), data.as_ref().into())).collect();
+    if let Some((reason, message)) = references::missing(&references, &lookups, &reference.namespace) {
+        return Ok(Inputs::Refused(Refusal::new(reason, message)));
+    }
+    let trust_bundle = references.iter().find_map(|reference| match &reference.used_as {
+        Use::TrustBundle { key } => objects.get(&(reference.kind, reference.name.clone()))?.as_ref()?.get(key),
+        Use::Credentials(_) | Use::File { .. } => None,
+    });
+    let prepared = prepare(observed, trust_bundle.map(Vec::as_slice), context, now).await;
+    Ok(prepared.unwrap_or_else(|why_not| why_not))
+}
+
+/// Resolves the release and makes the build document, or says why there is none.
+async fn prepare(
+    observed: &Observed,
+    trust_bundle: Option<&[u8]>,
+    context: &Context,
+    now: Timestamp,
+) -> Result<Inputs, Inputs> {
+    let (build, due) = (&observed.build, observed.due(now));
+    let (manifest_url, rewrite) = validate::source(&build.spec);
+    let query = ReleaseQuery {
+        manifest_url: manifest_url.unwrap_or_else(|| context.settings.release_manifest_url.to_string()),
+        eksa_release: build.spec.eksa_release.clone(),
+        channel: build.spec.release_channel.clone(),
+        rewrite,
+        signatures: build.spec.verify.signatures,
+    };
+    let proxy = build.spec.proxy.clone().unwrap_or_default();
+    let resolver = context.resolvers.get(&proxy, trust_bundle).map_err(|error| why_not(&error))?;
+    let slow = || {
+        Inputs::Unavailable(Refusal::new(
+            "ManifestTimeout",
+            format!(
+                "reading the release documents of {} took longer than {} s; is that server reachable from the operator?",
+                query.manifest_url,
+                RESOLVE_TIMEOUT.as_secs()
+            ),
+        ))
+    };
+    let resolved = async {
+        // Before the release: what changes in between is seen by the next look at the manifest.
+        let version = match due {
+            Some(_) => Some(resolver.manifest_version(&query).await?),
+            None => None,
+        };
+        Ok((version, resolver.resolve(&query).await?))
+    };
+    let resolved = tokio::time::timeout(RESOLVE_TIMEOUT, resolved).await.map_err(|_| slow())?;
+    let (version, release) = resolved.map_err(|error: ReleaseError| why_not(&error))?;
+    let shown = release_status(&release);
+    let make = |trigger| validate::prepare(build, &observed.wish, release.clone(), trigger, &context.settings);
+    let mut prepared = make(None).map_err(Inputs::Refused)?;
+    if let (Some(due), Some(rebuild), Some(status)) = (due, &build.spec.rebuild, &build.status) {
+        let base_digest = match (&due, &prepared.request.base.checksum) {
+            (Due::Schedule(_), BaseChecksum::Sha256Sums(sums)) => {
+                let read = resolver.listed_digest(sums, &prepared.request.base.url);
+                let read = tokio::time::timeout(RESOLVE_TIMEOUT, read).await.map_err(|_| slow())?;
+                Some(read.map_err(|error| why_not(&error))?)
+            }
+            (_, _) => None,
+        };
+        let found =
+            Found { inputs_digest: &prepared.inputs_digest, release: &shown, base_digest: base_digest.as_deref() };
+        let Some(trigger) = rebuild::cause(rebuild, due, status, found) else {
+            let reference = BuildRef::of(build.as_ref());
+            if let (true, Some(version)) = (rebuild.on_new_release, version) {
+                context.releases.follow(&reference, &resolver, &query, version);
+            }
+            return Ok(Inputs::Unchanged);
+        };
+        prepared = make(Some(trigger)).map_err(Inputs::Refused)?;
+    }
+    Ok(Inputs::Ready(Box::new(prepared), shown))
+}
+
+fn why_not<E: Classified + 'static>(error: &E) -> Inputs {
+    let refusal = Refusal::new(error.reason(), Chain(error).to_string());
+    if error.class().is_retryable() { Inputs::Unavailable(refusal) } else { Inputs::Refused(refusal) }
+}
+
+/// The data of an object, of which only the trust bundle's is looked at.
+type Data = BTreeMap<String, Vec<u8>>;
+
+impl From<Option<&Data>> for Lookup {
+    fn from(data: Option<&Data>) -> Self {
+        data.map_or(Self::NotFound, |data| Self::Found(data.keys().cloned().collect()))
+    }
+}
+
+async fn look_up(
+    references: &[Reference],
+    namespace: &str,
+    context: &Context,
+) -> Result<BTreeMap<(ObjectKind, String), Option<Data>>, Error> {
+    let mut found = BTreeMap::new();
+    for reference in references {
+        let key = (reference.kind, reference.name.clone());
+        if found.contains_key(&key) {
+            continue;
+        }
+        let operation = format!("read the {} `{}`", reference.kind, reference.name);
+        let data = match reference.kind {
+            ObjectKind::Secret => {
+                let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
+                let secret = api.get_opt(&reference.name).await.map_err(Error::api(operation))?;
+                secret.map(|secret| secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect())
+            }
+            ObjectKind::ConfigMap => {
+                let api: Api<ConfigMap> = Api::namespaced(context.client.clone(), namespace);
+                let map = api.get_opt(&reference.name).await.map_err(Error::api(operation))?;
+                map.map(|map| {
+                    let text = map.data.into_iter().flatten().map(|(key, value)| (key, value.into_bytes()));
+                    text.chain(map.binary_data.into_iter().flatten().map(|(key, value)| (key, value.0))).collect()
+                })
+            }
+        };
+        found.insert(key, data);
+    }
+    Ok(found)
+}
+
+/// Whether the API server says that there is no such object.
+pub(super) fn is_not_found(error: &kube::Error) -> bool {
+    api_status(error).is_some_and(kube::core::Status::is_not_found)
+}

@@ -1,0 +1,186 @@
+//! The Secrets and `ConfigMaps` that a build names: what they must hold and where the pod finds them. Pure.
+
+use std::{collections::BTreeMap, fmt};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    api::v1alpha1::{KeyReference, NodeImageBuildSpec, SecretReference},
+    contract::CredentialSlot,
+};
+
+/// Where the pod finds the bytes of `spec.files[index]`.
+pub const FILES_DIR: &str = "/etc/image-builder/files";
+/// Name of the file in a file's directory.
+pub const FILE_NAME: &str = "content";
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Ord, PartialOrd, Hash, Serialize, Deserialize)]
+pub enum ObjectKind {
+    Secret,
+    ConfigMap,
+}
+
+impl fmt::Display for ObjectKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Secret => "Secret",
+            Self::ConfigMap => "ConfigMap",
+        })
+    }
+}
+
+/// What the pod does with an object.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Use {
+    /// All keys are files of this slot.
+    Credentials(CredentialSlot),
+    /// One key is the content of `spec.files[index]`.
+    File { index: usize, key: String },
+    /// One key holds certificate authorities.
+    TrustBundle { key: String },
+}
+
+/// One object that the specification names.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+pub struct Reference {
+    pub kind: ObjectKind,
+    pub name: String,
+    /// The field that names it, for messages.
+    pub field: String,
+    /// Sets of keys, one of which must be there.
+    pub keys: Vec<Vec<String>>,
+    pub used_as: Use,
+}
+
+impl Reference {
+    fn credentials(slot: String, secret: &SecretReference, field: String, keys: &[&[&str]]) -> Self {
+        Self {
+            kind: ObjectKind::Secret,
+            name: secret.name.clone(),
+            field,
+            keys: keys.iter().map(|set| set.iter().map(|&key| key.to_owned()).collect()).collect(),
+            used_as: Use::Credentials(CredentialSlot(slot)),
+        }
+    }
+
+    fn key(kind: ObjectKind, reference: &KeyReference, field: String, used_as: Use) -> Self {
+        Self { kind, name: reference.name.clone(), field, keys: vec![vec![reference.key.clone()]], used_as }
+    }
+}
+
+/// Slot of the credentials for vCenter.
+pub const VSPHERE_SLOT: &str = "vsphere";
+
+/// Slot of the credentials for Prism Central.
+pub const NUTANIX_SLOT: &str = "nutanix";
+
+/// Slot of the credentials for `spec.publish[index]`.
+pub fn publish_slot(index: usize) -> String {
+    format!("publish-{index}")
+}
+
+/// Everything that the specification names and its build mounts.
+pub fn references(spec: &NodeImageBuildSpec) -> Vec<Reference> {
+    let mut found = vec![];
+    for (index, target) in spec.publish.iter().enumerate() {
+        let field = |kind: &str| format!("spec.publish[{index}].{kind}.credentialsSecretRef");
+        if let Some(secret) = target.s3.as_ref().and_then(|s3| s3.credentials_secret_ref.as_ref()) {
+            let keys: &[&[&str]] = &[&["accessKeyID", "secretAccessKey"]];
+            found.push(Reference::credentials(publish_slot(index), secret, field("s3"), keys));
+        }
+        if let Some(secret) = target.http.as_ref().and_then(|http| http.credentials_secret_ref.as_ref()) {
+            let keys: &[&[&str]] = &[&["token"], &["username", "password"]];
+            found.push(Reference::credentials(publish_slot(index), secret, field("http"), keys));
+        }
+    }
+    if let Some(vsphere) = &spec.vsphere {
+        let (secret, field) = (&vsphere.credentials_secret_ref, "spec.vsphere.credentialsSecretRef".to_owned());
+        found.push(Reference::credentials(VSPHERE_SLOT.to_owned(), secret, field, &[&["username", "password"]]));
+    }
+    if let Some(nutanix) = &spec.nutanix {
+        let (secret, field) = (&nutanix.credentials_secret_ref, "spec.nutanix.credentialsSecretRef".to_owned());
+        found.push(Reference::credentials(NUTANIX_SLOT.to_owned(), secret, field, &[&["username", "password"]]));
+    }
+    for (index, file) in spec.files.iter().enumerate() {
+        let objects = [
+            (ObjectKind::Secret, &file.secret_key_ref, "secretKeyRef"),
+            (ObjectKind::ConfigMap, &file.config_map_key_ref, "configMapKeyRef"),
+        ];
+        for (kind, reference, field) in objects {
+            if let Some(reference) = reference {
+                let used_as = Use::File { index, key: reference.key.clone() };
+                found.push(Reference::key(kind, reference, format!("spec.files[{index}].{field}"), used_as));
+            }
+        }
+    }
+    if let Some(trust) = &spec.trust_bundle {
+        let objects = [
+            (ObjectKind::Secret, &trust.secret_key_ref, "secretKeyRef"),
+            (ObjectKind::ConfigMap, &trust.config_map_key_ref, "configMapKeyRef"),
+        ];
+        for (kind, reference, field) in objects {
+            if let Some(reference) = reference {
+                let used_as = Use::TrustBundle { key: reference.key.clone() };
+                found.push(Reference::key(kind, reference, format!("spec.trustBundle.{field}"), used_as));
+            }
+        }
+    }
+    found
+}
+
+/// An object that was looked up.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Lookup {
+    /// The names of its keys.
+    Found(Vec<String>),
+    NotFound,
+}
+
+/// What is wrong with the objects that a build names: the reason and the message, of the first one.
+pub fn missing(
+    references: &[Reference],
+    objects: &BTreeMap<(ObjectKind, String), Lookup>,
+    namespace: &str,
+) -> Option<(&'static str, String)> {
+    references.iter().find_map(|reference| {
+        let Reference { kind, name, field, keys, used_as: _ } = reference;
+        match objects.get(&(*kind, name.clone())) {
+            None | Some(Lookup::NotFound) => Some((
+                match kind {
+                    ObjectKind::Secret => "SecretNotFound",
+                    ObjectKind::ConfigMap => "ConfigMapNotFound",
+                },
+                format!(
+                    "{field} names the {kind} `{name}`, which does not exist in the namespace `{namespace}`; create it \
+                     with {}, and the build starts by itself",
+                    alternatives(keys)
+                ),
+            )),
+            Some(Lookup::Found(present)) if !keys.iter().any(|set| set.iter().all(|key| present.contains(key))) => {
+                Some((
+                    match kind {
+                        ObjectKind::Secret => "SecretKeyMissing",
+                        ObjectKind::ConfigMap => "ConfigMapKeyMissing",
+                    },
+                    format!(
+                        "the {kind} `{name}` in the namespace `{namespace}`, named by {field}, lacks {}; it has {}",
+                        alternatives(keys),
+                        if present.is_empty() { "no keys".to_owned() } else { quoted(present) }
+                    ),
+                ))
+            }
+            Some(Lookup::Found(_)) => None,
+        }
+    })
+}
+
+fn quoted(keys: &[String]) -> String {
+    keys.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(" and ")
+}
+
+fn alternatives(keys: &[Vec<String>]) -> String {
+    let sets: Vec<String> =
+        keys.iter().map(|set| format!("the key{} {}", if set.len() == 1 { "" } else { "s" }, quoted(set))).collect();
+    sets.join(", or ")
+}

@@ -1,0 +1,241 @@
+//! The Job that runs one build.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::{
+        batch::v1::{
+            Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnExitCodesRequirement,
+            PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
+        },
+        core::v1::{
+            ConfigMapVolumeSource, Container, EmptyDirVolumeSource, KeyToPath, PodSpec, PodTemplateSpec,
+            ResourceRequirements, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+        },
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+
+use super::{
+    super::references::{FILE_NAME, FILES_DIR, ObjectKind, Reference, Use},
+    Identity,
+    secret::{DOCUMENT, TOKEN},
+};
+use crate::contract::{BUILD_CONTAINER, BUILD_FILE, CREDENTIALS_DIR, CredentialSlot, FailureClass, WORK_DIR};
+
+/// Directory of [`BUILD_FILE`].
+const BUILD_DIR: &str = "/etc/image-builder/build";
+/// Directory of the trust bundle, see [`crate::contract::TRUST_BUNDLE_FILE`].
+const TRUST_DIR: &str = "/etc/image-builder/trust";
+/// Time for the build to clean up after it is told to stop, in seconds.
+const GRACE_SECONDS: i64 = 60;
+/// Only the owner, root, reads what comes from Secrets.
+const SECRET_MODE: i32 = 0o400;
+
+/// Exit codes that the build process uses, by class.
+pub const EXIT_CODES: [FailureClass; 5] = [
+    FailureClass::BadInput,
+    FailureClass::Environment,
+    FailureClass::Transient,
+    FailureClass::Cancelled,
+    FailureClass::Internal,
+];
+
+/// What a Job is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct JobInputs<'a> {
+    pub identity: &'a Identity,
+    /// Kept on the Job, so that the build can be judged when nothing else is left.
+    pub annotations: BTreeMap<String, String>,
+    pub image: &'a str,
+    pub service_account: Option<&'a str>,
+    pub references: &'a [Reference],
+    /// Where the upload token goes, when there is one.
+    pub token_slot: Option<&'a CredentialSlot>,
+    pub resources: ResourceRequirements,
+    pub node_selector: BTreeMap<String, String>,
+    pub tolerations: Vec<Toleration>,
+    pub timeout_seconds: u32,
+    pub retries: u32,
+}
+
+/// The Job. Kubernetes owns attempts, deadline and lost pods.
+pub fn job(inputs: JobInputs<'_>) -> Job {
+    let JobInputs {
+        identity,
+        annotations,
+        image,
+        service_account,
+        references,
+        token_slot,
+        resources,
+        node_selector,
+        tolerations,
+        timeout_seconds,
+        retries,
+    } = inputs;
+    let mut mounts = Mounts::default();
+    mounts.add(work_volume(), WORK_DIR.to_owned(), false);
+    let build_secret = identity.object_name();
+    mounts.document(&build_secret);
+    if let Some(slot) = token_slot {
+        let volume = secret_volume(&format!("slot-{}", slot.0), &build_secret, &[(TOKEN, "token")]);
+        mounts.add(volume, format!("{CREDENTIALS_DIR}/{}", slot.0), true);
+    }
+    mounts.references(references);
+    let Mounts { volumes, mounts } = mounts;
+
+    let container = Container {
+        name: BUILD_CONTAINER.to_owned(),
+        image: Some(image.to_owned()),
+        args: Some(["run", "--build", BUILD_FILE].map(str::to_owned).to_vec()),
+        working_dir: Some(WORK_DIR.to_owned()),
+        resources: Some(resources),
+        volume_mounts: Some(mounts),
+        // Mounting file systems in a chroot, and /dev/kvm, need it.
+        security_context: Some(SecurityContext {
+            privileged: Some(true),
+            run_as_user: Some(0),
+            ..SecurityContext::default()
+        }),
+        termination_message_policy: Some("File".to_owned()),
+        ..Container::default()
+    };
+    let pod = PodSpec {
+        containers: vec![container],
+        volumes: Some(volumes),
+        restart_policy: Some("Never".to_owned()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        service_account_name: service_account.map(str::to_owned),
+        node_selector: (!node_selector.is_empty()).then_some(node_selector),
+        tolerations: (!tolerations.is_empty()).then_some(tolerations),
+        termination_grace_period_seconds: Some(GRACE_SECONDS),
+        ..PodSpec::default()
+    };
+    let mut metadata = identity.metadata();
+    metadata.annotations.get_or_insert_default().extend(annotations);
+    Job {
+        metadata,
+        spec: Some(JobSpec {
+            backoff_limit: Some(i32::try_from(retries).unwrap_or(i32::MAX)),
+            active_deadline_seconds: Some(i64::from(timeout_seconds)),
+            pod_failure_policy: Some(PodFailurePolicy { rules: failure_rules() }),
+            template: PodTemplateSpec {
+                metadata: Some(ObjectMeta { labels: Some(identity.labels()), ..ObjectMeta::default() }),
+                spec: Some(pod),
+            },
+            ..JobSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// Volumes and where the container finds them.
+#[derive(Default)]
+pub(super) struct Mounts {
+    pub(super) volumes: Vec<Volume>,
+    pub(super) mounts: Vec<VolumeMount>,
+}
+
+impl Mounts {
+    fn add(&mut self, volume: Volume, path: String, read_only: bool) {
+        self.mounts.push(VolumeMount {
+            name: volume.name.clone(),
+            mount_path: path,
+            read_only: read_only.then_some(true),
+            ..VolumeMount::default()
+        });
+        self.volumes.push(volume);
+    }
+
+    /// The build document, which is in the build's own Secret.
+    pub(super) fn document(&mut self, build_secret: &str) {
+        self.add(secret_volume("build", build_secret, &[(DOCUMENT, DOCUMENT)]), BUILD_DIR.to_owned(), true);
+    }
+
+    /// What the specification names, where the document says that it is.
+    pub(super) fn references(&mut self, references: &[Reference]) {
+        for reference in references {
+            let (name, path, items): (String, String, Vec<(&str, &str)>) = match &reference.used_as {
+                Use::Credentials(slot) => (format!("slot-{}", slot.0), format!("{CREDENTIALS_DIR}/{}", slot.0), vec![]),
+                Use::File { index, key } => {
+                    (format!("file-{index}"), format!("{FILES_DIR}/{index}"), vec![(key, FILE_NAME)])
+                }
+                Use::TrustBundle { key } => ("trust".to_owned(), TRUST_DIR.to_owned(), vec![(key, "ca.crt")]),
+            };
+            let volume = match reference.kind {
+                ObjectKind::Secret => secret_volume(&name, &reference.name, &items),
+                ObjectKind::ConfigMap => config_map_volume(&name, &reference.name, &items),
+            };
+            self.add(volume, path, true);
+        }
+    }
+}
+
+/// Read in order. A pod that the cluster takes away, or that is told to stop while its Job stays, is replaced and does
+/// not use up an attempt; a build that can not succeed ends its Job.
+pub(super) fn failure_rules() -> Vec<PodFailurePolicyRule> {
+    let on_exit_codes = |action: &str, codes: Vec<i32>| PodFailurePolicyRule {
+        action: action.to_owned(),
+        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+            container_name: Some(BUILD_CONTAINER.to_owned()),
+            operator: "In".to_owned(),
+            values: codes,
+        }),
+        on_pod_conditions: None,
+    };
+    let cancelled = i32::from(FailureClass::Cancelled.exit_code());
+    let hopeless: Vec<i32> = EXIT_CODES
+        .into_iter()
+        .filter(|class| !class.is_retryable() && *class != FailureClass::Cancelled)
+        .map(|class| i32::from(class.exit_code()))
+        .collect();
+    vec![
+        PodFailurePolicyRule {
+            action: "Ignore".to_owned(),
+            on_exit_codes: None,
+            on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
+                type_: "DisruptionTarget".to_owned(),
+                status: "True".to_owned(),
+            }]),
+        },
+        on_exit_codes("Ignore", vec![cancelled]),
+        on_exit_codes("FailJob", hopeless),
+    ]
+}
+
+fn work_volume() -> Volume {
+    Volume { name: "work".to_owned(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }
+}
+
+fn items(keys: &[(&str, &str)]) -> Option<Vec<KeyToPath>> {
+    let item = |&(key, path): &(&str, &str)| KeyToPath { key: key.to_owned(), path: path.to_owned(), mode: None };
+    (!keys.is_empty()).then(|| keys.iter().map(item).collect())
+}
+
+fn secret_volume(name: &str, secret: &str, keys: &[(&str, &str)]) -> Volume {
+    Volume {
+        name: name.to_owned(),
+        secret: Some(SecretVolumeSource {
+            secret_name: Some(secret.to_owned()),
+            items: items(keys),
+            default_mode: Some(SECRET_MODE),
+            optional: Some(false),
+        }),
+        ..Volume::default()
+    }
+}
+
+fn config_map_volume(name: &str, config_map: &str, keys: &[(&str, &str)]) -> Volume {
+    Volume {
+        name: name.to_owned(),
+        config_map: Some(ConfigMapVolumeSource {
+            name: config_map.to_owned(),
+            items: items(keys),
+            optional: Some(false),
+            ..ConfigMapVolumeSource::default()
+        }),
+        ..Volume::default()
+    }
+}

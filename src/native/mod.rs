@@ -1,0 +1,298 @@
+//! The engine `Native`: assembles an image from a root file system. No installer, no SSH, no virtual machine to build in.
+//!
+//! [`Native`] is one build's engine; its methods are the stages, in their order. What each stage does is in a module of
+//! its own: the base (`rootfs`), its `packages`, the release's `artifacts` and container `images`, the
+//! `settings` of the image contract, the resource's `files`, `seal`ing, the `bootloader` and the `disk`; then
+//! the [`image_contract`] is checked in the tree and in a booted [`guest`].
+
+pub mod accelerator;
+mod artifacts;
+mod bolt;
+mod bootloader;
+mod chroot;
+mod disk;
+mod epoch;
+mod error;
+mod ext4;
+mod files;
+pub mod guest;
+pub mod image_contract;
+mod images;
+mod packages;
+mod rootfs;
+#[cfg(test)]
+pub(crate) mod sample;
+mod seal;
+mod settings;
+pub mod tree;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+pub use artifacts::Fetched;
+pub use error::NativeError;
+pub use packages::InstalledPackage;
+
+use self::{
+    accelerator::Virtualization,
+    chroot::Chroot,
+    disk::{Contents, DiskIds, Layout},
+    guest::{Booted, Guest, GuestError},
+    image_contract::{Expected, Level, Subject},
+    settings::Unit,
+    tree::within,
+};
+use crate::{
+    contract::{Accelerator, BuildRequest, Firmware, OsName, Provider, Stage},
+    process::Runner,
+    progress::Reporter,
+};
+
+/// The build's name servers: those of its machine.
+const HOST_RESOLVER: &str = "/etc/resolv.conf";
+
+/// One build.
+#[derive(Debug)]
+pub struct Native<'b> {
+    request: &'b BuildRequest,
+    runner: Runner,
+    reporter: Reporter,
+    /// A directory that the build has for itself.
+    dir: PathBuf,
+    ids: DiskIds,
+}
+
+/// A tree that everything is installed in.
+#[derive(Debug)]
+pub struct Installed {
+    images: Vec<String>,
+    packages: Vec<InstalledPackage>,
+    /// When the build began to write it.
+    begin: SystemTime,
+}
+
+/// A tree that is ready to become a disk.
+#[derive(Debug)]
+pub struct Sealed {
+    expected: Expected,
+    packages: Vec<InstalledPackage>,
+    epoch: u32,
+}
+
+/// A disk that is ready to be published.
+#[derive(Debug)]
+pub struct Assembled {
+    pub disk: PathBuf,
+    /// Everything its package manager knows, sorted by name.
+    pub packages: Vec<InstalledPackage>,
+    expected: Expected,
+}
+
+impl Assembled {
+    /// Names of the container images in it.
+    pub fn images(&self) -> &[String] {
+        &self.expected.images
+    }
+}
+
+impl<'b> Native<'b> {
+    /// An engine that works in `dir`.
+    pub fn new(request: &'b BuildRequest, dir: &Path, runner: Runner, reporter: Reporter) -> Self {
+        Self { request, runner, reporter, dir: dir.to_owned(), ids: DiskIds::new(request) }
+    }
+
+    /// Refuses what this engine does not make.
+    pub fn check(&self) -> Result<(), NativeError> {
+        let BuildRequest { os, provider, firmware, .. } = self.request;
+        // Tinkerbell's machines start by UEFI; those of Nutanix by BIOS; vSphere takes both.
+        let firmware_fits = match provider {
+            Provider::Baremetal => *firmware == Firmware::Efi,
+            Provider::Vsphere => true,
+            Provider::Nutanix => *firmware == Firmware::Bios,
+        };
+        let made = os.name != OsName::Redhat && firmware_fits;
+        if made {
+            Ok(())
+        } else {
+            Err(NativeError::Unsupported { os: os.name, provider: *provider, firmware: *firmware })
+        }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.join("root")
+    }
+
+    fn install_progress(&self, share: f64, message: &str) {
+        self.reporter.report(Stage::Install, share, message);
+    }
+
+    /// Installs everything in a tree. `fetched_dir` is the directory that holds all of `fetched`.
+    pub async fn install(&self, base: &Path, fetched: &Fetched, fetched_dir: &Path) -> Result<Installed, NativeError> {
+        let root = self.root();
+        let begin = SystemTime::now();
+        self.install_progress(0.0, "unpacking the base");
+        rootfs::unpack(base, &root, &self.runner).await?;
+        rootfs::check(&root, &self.request.os)?;
+
+        let authorities = self.authorities()?;
+        let resolver = fs::read_to_string(HOST_RESOLVER).unwrap_or_default();
+        let epoch = self.newest(begin)?;
+        let chroot = Chroot::enter(&root, fetched_dir, &self.request.proxy, epoch, self.runner.clone())?;
+        within(&root, |tree| seal::lend_resolver(tree, &resolver))??;
+        packages::prepare(&root, &self.request.packages, authorities.as_deref())?;
+        let recipe = packages::recipe(self.request.os.name, self.request.provider, self.request.firmware);
+        let wanted: Vec<_> =
+            recipe.into_iter().chain(self.request.packages.install.iter().map(String::as_str)).collect();
+        for (step, share) in packages::Step::ALL.into_iter().zip([0.12, 0.2, 0.3]) {
+            self.install_progress(share, step.message());
+            packages::run(&chroot, step, &wanted, authorities.is_some()).await?;
+        }
+
+        self.install_progress(0.62, "installing Kubernetes, containerd and their tools");
+        let artifacts = fetched.open()?;
+        within(&root, |tree| artifacts::install(tree, artifacts, &self.request.release))??;
+        self.install_progress(0.68, "loading container images");
+        let images = images::preload(&chroot, &fetched.images, &self.request.release).await?;
+
+        self.install_progress(0.9, "writing settings");
+        within(&root, |tree| settings::write(tree, self.request))??;
+        self.complete_shells(&chroot).await?;
+        self.switch_units(&chroot).await?;
+        let files = files::load(&self.request.files)?;
+        within(&root, |tree| files::install(tree, &files))??;
+        packages::finish(&chroot).await?;
+        let packages = packages::list(&chroot).await?;
+        let esp = match self.request.firmware {
+            Firmware::Efi => Some(self.ids.esp_label()),
+            Firmware::Bios => {
+                bootloader::install_bios(&chroot).await?;
+                None
+            }
+        };
+        within(&root, |tree| bootloader::configure(tree, self.request.os.name, self.ids.root, esp.as_deref()))??;
+        chroot.leave()?;
+        Ok(Installed { images, packages, begin })
+    }
+
+    /// The newest time in the tree that is not the build's own, see [`epoch`].
+    fn newest(&self, begin: SystemTime) -> Result<u32, NativeError> {
+        let root = self.root();
+        epoch::newest(&root, begin).map_err(|source| NativeError::Scratch { action: "read", path: root, source })
+    }
+
+    /// What the build trusts beside the system's own authorities.
+    fn authorities(&self) -> Result<Option<String>, NativeError> {
+        let Some(path) = &self.request.trust_bundle else { return Ok(None) };
+        fs::read_to_string(path).map(Some).map_err(|source| NativeError::TrustBundle { path: path.clone(), source })
+    }
+
+    async fn complete_shells(&self, chroot: &Chroot) -> Result<(), NativeError> {
+        for program in ["kubectl", "kubeadm", "crictl"] {
+            let script = chroot.run(program, &["completion", "bash"]).await?.stdout;
+            let path = format!("/usr/share/bash-completion/completions/{program}");
+            within(chroot.root(), |tree| tree.write(&path, script, 0o644))??;
+        }
+        Ok(())
+    }
+
+    async fn switch_units(&self, chroot: &Chroot) -> Result<(), NativeError> {
+        let (mut enable, mut mask) = (vec!["enable"], vec!["mask"]);
+        for unit in settings::units(self.request.provider) {
+            match unit {
+                Unit::Enabled(names) => {
+                    let there = within(chroot.root(), |tree| names.iter().find(|name| settings::has_unit(tree, name)))?;
+                    enable.push(there.or(names.first()).copied().unwrap_or_default());
+                }
+                Unit::Masked(name) => mask.push(name),
+            }
+        }
+        chroot.run("systemctl", &enable).await?;
+        chroot.run("systemctl", &mask).await?;
+        Ok(())
+    }
+
+    /// Takes out what belongs to the build, and checks the promises about files.
+    pub fn seal(&self, installed: Installed) -> Result<Sealed, NativeError> {
+        self.reporter.report(Stage::Seal, 0.0, "removing what belongs to the build");
+        let root = self.root();
+        within(&root, seal::seal)??;
+        let epoch = self.newest(installed.begin)?;
+        within(&root, |tree| images::settle(tree, epoch))??;
+        let BuildRequest { os, provider, firmware, release, packages, .. } = self.request;
+        let recipe = packages::recipe(os.name, *provider, *firmware).into_iter().map(str::to_owned);
+        // `name=version` asks for a version; the name is what is installed.
+        let more = packages.install.iter().filter_map(|wish| wish.split(['=', '/']).next()).map(str::to_owned);
+        let expected = Expected {
+            os: os.clone(),
+            provider: *provider,
+            firmware: *firmware,
+            release: Some(release.clone()),
+            images: installed.images,
+            packages: recipe.chain(more).collect(),
+        };
+        self.reporter.report(Stage::Seal, 0.5, "checking the image contract");
+        let results =
+            within(&root, |tree| image_contract::check(&Subject { tree, expected: &expected }, Level::Tree, None))?;
+        let failed: Vec<_> =
+            results.iter().filter_map(|result| Some(format!("{} ({})", result.id, result.failure.as_ref()?))).collect();
+        if failed.is_empty() {
+            return Ok(Sealed { expected, packages: installed.packages, epoch });
+        }
+        Err(NativeError::Contract { count: failed.len(), failed: failed.join("; ") })
+    }
+
+    /// Makes the disk.
+    pub async fn assemble(&self, sealed: Sealed) -> Result<Assembled, NativeError> {
+        self.reporter.report(Stage::Assemble, 0.0, "making the disk");
+        let root = self.root();
+        let (os, firmware, id) = (self.request.os.name, self.request.firmware, self.ids.root);
+        let boot = within(&root, |tree| bootloader::boot_parts(tree, os, firmware, id))??;
+        let disk = self.dir.join("disk.raw");
+        let layout = Layout::new(self.request.disk_size_mib, firmware);
+        let contents = Contents { root: &root, boot, ids: self.ids, epoch: sealed.epoch };
+        disk::assemble(&contents, &disk, &self.dir, &layout, &self.runner).await?;
+        // Room for the snapshot of the guest.
+        fs::remove_dir_all(&root).map_err(|source| NativeError::Scratch { action: "remove", path: root, source })?;
+        Ok(Assembled { disk, packages: sealed.packages, expected: sealed.expected })
+    }
+
+    /// Boots the disk and lets it check itself. `program` is this program.
+    pub async fn verify(
+        &self,
+        assembled: &Assembled,
+        virtualization: Virtualization,
+        program: &Path,
+    ) -> Result<Booted, NativeError> {
+        let scratch = self.dir.join("guest");
+        let mut guest = Guest {
+            disk: &assembled.disk,
+            scratch: &scratch,
+            program,
+            expected: &assembled.expected,
+            virtualization,
+            limit: Duration::from_secs(self.request.verify.timeout_seconds.into()),
+        };
+        let message = |virtualization: Virtualization| format!("booting the image with {}", virtualization.name());
+        self.reporter.report(Stage::Verify, 0.0, message(virtualization));
+        let mut booted = guest.verify(&self.runner).await;
+        // The probe ran under KVM and this kernel did not: software decides whether the image or KVM is to blame.
+        if matches!(booted, Err(GuestError::Silent { .. }))
+            && virtualization == Virtualization::Kvm
+            && self.request.verify.accelerator == Accelerator::Any
+        {
+            guest.virtualization = Virtualization::Software;
+            self.reporter.report(Stage::Verify, 0.1, message(guest.virtualization));
+            booted = guest.verify(&self.runner).await;
+        }
+        let booted = booted?;
+        fs::remove_dir_all(&scratch).map_err(|source| NativeError::Scratch {
+            action: "remove",
+            path: scratch,
+            source,
+        })?;
+        Ok(booted)
+    }
+}

@@ -1,0 +1,412 @@
+//! Packages of Debian and Ubuntu: updates, what every node has, and what the resource asks for.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    chroot::Chroot,
+    tree::{Tree, TreeError, within},
+};
+use crate::{
+    contract::{Classified, FailureClass, Firmware, OsName, Packages, Provider},
+    process::ProcessError,
+};
+
+/// Ends with 101: packages must not start their services while they are installed (invoke-rc.d, deb-systemd-invoke).
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+/// What names the archives that a base brings along while they are switched off.
+const DISABLED: &str = ".image-builder-disabled";
+/// The authorities of the system and of the build, for as long as the build needs them.
+const BUILD_AUTHORITIES: &str = "/run/image-builder/authorities.crt";
+const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+/// GRUB's configuration of a base names a disk that is not there; package scripts would ask GRUB to renew it.
+const GRUB_CONFIGURATION: &str = "/boot/grub/grub.cfg";
+
+/// What every node image of Debian's family has (eksa-facts 6.5: the packages of image-builder's `node` role).
+const NODE: &[&str] = &[
+    "apt-transport-https",
+    "auditd",
+    "ca-certificates",
+    "chrony",
+    "conntrack",
+    "curl",
+    "ebtables",
+    "ethtool",
+    "gnupg",
+    "iptables",
+    "jq",
+    "kmod",
+    "libnetfilter-acct1",
+    "libnetfilter-cttimeout1",
+    "libnetfilter-log1",
+    "libseccomp2",
+    "nfs-common",
+    "openssh-server",
+    "python3-netifaces",
+    "python3-pip",
+    "socat",
+    "sudo",
+    "xfsprogs",
+];
+/// A disk that starts by itself and configures itself: kernel, signed boot loader, cloud-init.
+const MACHINE: &[&str] =
+    &["cloud-guest-utils", "cloud-init", "grub2-common", "initramfs-tools", "netplan.io", "systemd-sysv", "udev"];
+
+/// Why packages could not be installed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    #[error("a package does not exist or can not be installed: correct spec.packages. {}", last_errors(.output))]
+    Refused { output: String },
+    #[error("the package sources do not answer as they should: {}", last_errors(.output))]
+    SourcesUnavailable { output: String },
+    #[error("there is no space left for packages; give the build more disk (spec.build.resources)")]
+    NoSpace,
+    #[error("can not {step}")]
+    Step { step: &'static str, source: ProcessError },
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+}
+
+impl Classified for PackageError {
+    fn class(&self) -> FailureClass {
+        match self {
+            Self::Refused { .. } => FailureClass::BadInput,
+            Self::SourcesUnavailable { .. } => FailureClass::Transient,
+            Self::NoSpace => FailureClass::Environment,
+            Self::Step { source, .. } => source.class(),
+            Self::Tree(error) => error.class(),
+        }
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused { .. } => "PackagesRefused",
+            Self::SourcesUnavailable { .. } => "PackageSourcesUnavailable",
+            Self::NoSpace => "DiskFull",
+            Self::Step { source: ProcessError::Failed { .. }, .. } => "PackageInstallFailed",
+            Self::Step { source, .. } => source.reason(),
+            Self::Tree(error) => error.reason(),
+        }
+    }
+}
+
+/// apt marks what matters in its output.
+fn last_errors(output: &str) -> String {
+    let marked: Vec<_> = output.lines().filter(|line| line.starts_with("E:") || line.starts_with("W:")).collect();
+    if marked.is_empty() { output.to_owned() } else { marked.join(" ") }
+}
+
+/// What is installed, beyond what the resource names.
+pub(super) fn recipe(os: OsName, provider: Provider, firmware: Firmware) -> Vec<&'static str> {
+    let kernel: &[_] = match (os, provider) {
+        (OsName::Debian, _) => &["linux-image-amd64"],
+        (_, Provider::Baremetal) => &["linux-image-generic", "linux-tools-generic", "linux-cloud-tools-generic"],
+        (_, _) => &["linux-image-generic", "linux-tools-virtual", "linux-cloud-tools-virtual"],
+    };
+    // Debian has no packages of these names.
+    let initramfs: &[_] = match os {
+        OsName::Ubuntu => &["cloud-initramfs-copymods", "cloud-initramfs-dyn-netconf"],
+        OsName::Debian | OsName::Redhat => &[],
+    };
+    let extras: &[_] = match provider {
+        Provider::Baremetal => &[],
+        Provider::Vsphere => &["open-vm-tools"],
+        Provider::Nutanix => &["ipvsadm", "lsscsi", "lvm2", "mdadm", "open-iscsi", "sysstat"],
+    };
+    let loader: &[_] = match firmware {
+        Firmware::Efi => &["grub-efi-amd64-signed", "shim-signed"],
+        Firmware::Bios => &["grub-pc-bin"],
+    };
+    let mut names: Vec<_> = [NODE, MACHINE, kernel, initramfs, loader, extras].concat();
+    names.sort_unstable();
+    names
+}
+
+/// Sets the sources up for the build: the resource's own, the base's switched off where asked, the build's authorities.
+pub(super) fn prepare(root: &Path, packages: &Packages, authorities: Option<&str>) -> Result<(), PackageError> {
+    Ok(within(root, |tree| prepare_tree(tree, packages, authorities))??)
+}
+
+fn prepare_tree(tree: &Tree, packages: &Packages, authorities: Option<&str>) -> Result<(), TreeError> {
+    tree.write(POLICY, "#!/bin/sh\nexit 101\n", 0o755)?;
+    tree.remove(GRUB_CONFIGURATION)?;
+    if packages.disable_public_repositories {
+        for file in sources(tree)? {
+            tree.rename(&file, &format!("{file}{DISABLED}"))?;
+        }
+    }
+    for (name, content) in &packages.repositories {
+        tree.write(&source_file(name, content), content, 0o644)?;
+    }
+    if let Some(authorities) = authorities {
+        let system = tree.read(SYSTEM_AUTHORITIES)?.unwrap_or_default();
+        tree.write(BUILD_AUTHORITIES, format!("{system}\n{authorities}\n"), 0o644)?;
+    }
+    Ok(())
+}
+
+/// The files that name archives.
+fn sources(tree: &Tree) -> Result<Vec<String>, TreeError> {
+    let below = tree.list("/etc/apt/sources.list.d")?.into_iter().map(|name| format!("/etc/apt/sources.list.d/{name}"));
+    let is_source = |file: &String| {
+        let extension = Path::new(file).extension().and_then(|extension| extension.to_str());
+        matches!(extension, Some("list" | "sources"))
+    };
+    let all = std::iter::once("/etc/apt/sources.list".to_owned()).chain(below).filter(is_source);
+    Ok(all.filter(|file| tree.exists(file)).collect())
+}
+
+/// apt tells the two formats apart by the file's name.
+fn source_file(name: &str, content: &str) -> String {
+    let deb822 = content.lines().any(|line| line.trim_start().to_ascii_lowercase().starts_with("types:"));
+    let extension = if deb822 { "sources" } else { "list" };
+    format!("/etc/apt/sources.list.d/{name}.{extension}")
+}
+
+/// Undoes what [`prepare`] set up for the build alone. The resource's own sources stay.
+pub(super) fn restore(tree: &Tree) -> Result<(), TreeError> {
+    tree.remove(POLICY)?;
+    for directory in ["/etc/apt", "/etc/apt/sources.list.d"] {
+        for name in tree.list(directory)? {
+            if let Some(original) = name.strip_suffix(DISABLED) {
+                tree.rename(&format!("{directory}/{name}"), &format!("{directory}/{original}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A step of the installation, for progress.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Step {
+    Lists,
+    Upgrade,
+    Install,
+}
+
+impl Step {
+    pub(super) const ALL: [Self; 3] = [Self::Lists, Self::Upgrade, Self::Install];
+
+    pub(super) const fn message(self) -> &'static str {
+        match self {
+            Self::Lists => "reading package lists",
+            Self::Upgrade => "installing updates",
+            Self::Install => "installing packages",
+        }
+    }
+
+    const fn what(self) -> &'static str {
+        match self {
+            Self::Lists => "read the package lists",
+            Self::Upgrade => "install updates",
+            Self::Install => "install packages",
+        }
+    }
+}
+
+/// Runs one step. `names` are the packages of [`Step::Install`].
+pub(super) async fn run(chroot: &Chroot, step: Step, names: &[&str], authorities: bool) -> Result<(), PackageError> {
+    let ca_info = format!("Acquire::https::CAInfo={BUILD_AUTHORITIES}");
+    let mut args = vec![
+        "--yes",
+        "-o",
+        "Acquire::Retries=3",
+        // A source that fails must not pass for one that has nothing new.
+        "-o",
+        "APT::Update::Error-Mode=any",
+        "-o",
+        "Dpkg::Options::=--force-confdef",
+        "-o",
+        "Dpkg::Options::=--force-confold",
+        // The whole tree is thrown away when the build is killed: nothing has to survive a crash.
+        "-o",
+        "Dpkg::Options::=--force-unsafe-io",
+        "-o",
+        "Dpkg::Use-Pty=0",
+        "-o",
+        "APT::Sandbox::User=root",
+    ];
+    if authorities {
+        args.extend(["-o", ca_info.as_str()]);
+    }
+    match step {
+        Step::Lists => args.push("update"),
+        Step::Upgrade => args.extend(["dist-upgrade"]),
+        Step::Install => {
+            args.extend(["install", "--no-install-recommends", "--allow-change-held-packages", "--"]);
+            args.extend(names);
+        }
+    }
+    match chroot.run("apt-get", &args).await {
+        Ok(_) => Ok(()),
+        Err(error) => Err(classify(step.what(), error)),
+    }
+}
+
+/// After all packages: what nothing needs any more goes, and everything stays at its version.
+pub(super) async fn finish(chroot: &Chroot) -> Result<(), PackageError> {
+    let step = "finish the packages";
+    let told = |error| classify(step, error);
+    chroot.run("apt-get", &["--yes", "-o", "Dpkg::Use-Pty=0", "autoremove", "--purge"]).await.map_err(told)?;
+    chroot.run("apt-get", &["clean"]).await.map_err(told)?;
+    let hold = "dpkg-query --show --showformat '${binary:Package} hold\\n' | dpkg --set-selections";
+    chroot.run("/bin/sh", &["-c", hold]).await.map_err(told)?;
+    Ok(())
+}
+
+/// A package that is installed in the image.
+#[derive(Clone, Debug, Eq, PartialEq, Ord, PartialOrd, Serialize, Deserialize)]
+pub struct InstalledPackage {
+    pub name: String,
+    pub version: String,
+    /// `amd64`, or `all` where it does not matter.
+    pub architecture: String,
+    /// The package of sources it was made from, which security notices name.
+    pub source: String,
+    pub source_version: String,
+}
+
+/// Everything that is installed, sorted by name.
+pub(super) async fn list(chroot: &Chroot) -> Result<Vec<InstalledPackage>, PackageError> {
+    let format = "${db:Status-Abbrev}\t${Package}\t${Version}\t${Architecture}\t${source:Package}\t${source:Version}\n";
+    let output = chroot.run("dpkg-query", &["--show", "--showformat", format]).await;
+    let output = output.map_err(|error| classify("list the packages", error))?;
+    Ok(installed(&output.stdout))
+}
+
+fn installed(listing: &str) -> Vec<InstalledPackage> {
+    let mut packages: Vec<_> = listing
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split('\t').map(str::to_owned);
+            let status = fields.next()?;
+            let mut next = || fields.next();
+            let package = InstalledPackage {
+                name: next()?,
+                version: next()?,
+                architecture: next()?,
+                source: next()?,
+                source_version: next()?,
+            };
+            // The second letter is what it is, the first what it should be.
+            (status.as_bytes().get(1) == Some(&b'i')).then_some(package)
+        })
+        .collect();
+    packages.sort();
+    packages
+}
+
+/// apt-get has one exit code for everything; its messages, which it does not translate here, tell who has to act.
+fn classify(step: &'static str, error: ProcessError) -> PackageError {
+    const REFUSED: &[&str] = &[
+        "Unable to locate package",
+        "has no installation candidate",
+        "was not found",
+        "unmet dependencies",
+        "Unable to correct problems",
+        "Couldn't find any package",
+    ];
+    const UNAVAILABLE: &[&str] = &[
+        "Failed to fetch",
+        "Temporary failure resolving",
+        "Could not resolve",
+        "Could not connect",
+        "Connection failed",
+        "Connection timed out",
+        "Hash Sum mismatch",
+        "Some index files failed",
+        "is not signed",
+        "Release file",
+        "NO_PUBKEY",
+        "certificate",
+    ];
+    let ProcessError::Failed { output, .. } = &error else { return PackageError::Step { step, source: error } };
+    let has = |texts: &[&str]| texts.iter().any(|text| output.contains(text));
+    if has(&["No space left on device", "You don't have enough free space"]) {
+        PackageError::NoSpace
+    } else if has(UNAVAILABLE) {
+        PackageError::SourcesUnavailable { output: output.clone() }
+    } else if has(REFUSED) {
+        PackageError::Refused { output: output.clone() }
+    } else {
+        PackageError::Step { step, source: error }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::unknown("E: Unable to locate package nosuch", FailureClass::BadInput, "PackagesRefused")]
+    #[case::version("E: Version '9' for 'jq' was not found", FailureClass::BadInput, "PackagesRefused")]
+    #[case::dns(
+        "W: Failed to fetch http://m/  Temporary failure resolving 'm'",
+        FailureClass::Transient,
+        "PackageSourcesUnavailable"
+    )]
+    #[case::full("dpkg: error: No space left on device", FailureClass::Environment, "DiskFull")]
+    #[case::script("dpkg: error processing package x", FailureClass::Internal, "PackageInstallFailed")]
+    fn the_message_of_apt_tells_who_has_to_act(
+        #[case] output: &str,
+        #[case] class: FailureClass,
+        #[case] reason: &str,
+    ) {
+        let failed = ProcessError::Failed {
+            program: "apt-get".into(),
+            status: "exit status: 100".into(),
+            code: Some(100),
+            output: output.into(),
+        };
+        let error = classify("install packages", failed);
+        assert_eq!((error.class(), error.reason()), (class, reason), "{error}");
+    }
+
+    #[test]
+    fn packages_that_were_removed_are_not_listed() {
+        let listing = "ii \tzlib1g\t1:1.2.13\tamd64\tzlib\t1:1.2.13\nrc \told\t1\tall\told\t1\n\
+                       hi \tapt\t2.6.1\tamd64\tapt\t2.6.1\n";
+        let packages = installed(listing);
+        let names: Vec<_> = packages.iter().map(|package| (package.name.as_str(), package.source.as_str())).collect();
+        assert_eq!(names, [("apt", "apt"), ("zlib1g", "zlib")]);
+    }
+
+    #[test]
+    fn sources_are_switched_off_and_come_back_as_they_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::at(dir.path());
+        tree.write("/etc/apt/sources.list", "deb http://public ./", 0o644).unwrap();
+        tree.write("/etc/apt/sources.list.d/ubuntu.sources", "Types: deb", 0o644).unwrap();
+        let packages = Packages {
+            install: vec![],
+            repositories: BTreeMap::from([
+                ("own".into(), "deb http://own ./".into()),
+                ("new".into(), "Types: deb".into()),
+            ]),
+            disable_public_repositories: true,
+        };
+        prepare_tree(&tree, &packages, None).unwrap();
+        assert_eq!(
+            sources(&tree).unwrap(),
+            ["/etc/apt/sources.list.d/new.sources", "/etc/apt/sources.list.d/own.list"]
+        );
+        assert!(tree.is_executable(POLICY));
+        restore(&tree).unwrap();
+        assert_eq!(sources(&tree).unwrap().len(), 4);
+        assert_eq!(tree.read("/etc/apt/sources.list").unwrap().as_deref(), Some("deb http://public ./"));
+        assert!(!tree.exists(POLICY));
+    }
+
+    #[test]
+    fn every_provider_has_a_kernel_and_its_extras() {
+        assert!(recipe(OsName::Ubuntu, Provider::Baremetal, Firmware::Efi).contains(&"linux-tools-generic"));
+        assert!(recipe(OsName::Ubuntu, Provider::Vsphere, Firmware::Bios).contains(&"open-vm-tools"));
+        assert!(recipe(OsName::Debian, Provider::Nutanix, Firmware::Bios).contains(&"open-iscsi"));
+        assert!(recipe(OsName::Debian, Provider::Baremetal, Firmware::Efi).contains(&"linux-image-amd64"));
+    }
+}

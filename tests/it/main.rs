@@ -1,0 +1,20 @@
+//! Integration tests: one crate, one module an area, so that everything is linked once.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
+#![allow(unreachable_pub, reason = "nothing outside uses a test crate")]
+
+mod architecture;
+mod chart;
+mod cli;
+mod controller;
+mod crd;
+mod examples;
+mod failures;
+mod fetch;
+mod image_contract;
+mod nutanix;
+mod ova;
+mod package;
+mod publish;
+mod release;
+mod support;
+mod vsphere;
