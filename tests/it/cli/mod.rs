@@ -3,6 +3,7 @@
 mod build;
 mod download;
 mod manifest;
+mod nodeimage;
 mod ordinary_user;
 mod provider;
 mod stop;
