@@ -222,7 +222,7 @@ mod tests {
         .unwrap()
     }
 
-    fn entry(id: &str, more: Value) -> HistoryEntry {
+    fn entry(id: &str, more: &Value) -> HistoryEntry {
         let mut entry = json!({"buildID": id, "result": "Succeeded"});
         entry.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         serde_json::from_value(entry).unwrap()
@@ -245,15 +245,17 @@ mod tests {
         });
         let kind = KINDS.iter().find(|one| one.kind == kind).unwrap();
         let mut named = Named::default();
-        named.add(kind, &json!({"spec": spec}));
-        assert_eq!(named.has(&build(), &entry("a1", image), false), expected);
+        let mut resource = json!({});
+        resource["spec"] = spec;
+        named.add(kind, &resource);
+        assert_eq!(named.has(&build(), &entry("a1", &image), false), expected);
     }
 
     #[test]
     fn a_name_that_a_newer_image_has_taken_over_protects_that_one() {
         let mut named = Named::default();
         named.add(&KINDS[2], &json!({"spec": {"template": "golden"}}));
-        let old = entry("a1", json!({"imageName": "golden"}));
+        let old = entry("a1", &json!({"imageName": "golden"}));
         assert!(named.has(&build(), &old, false) && !named.has(&build(), &old, true));
     }
 
@@ -262,7 +264,7 @@ mod tests {
         let mut status = NodeImageBuildStatus::default();
         let failed = json!({"result": "Failed"});
         status.history = [("d", json!({})), ("f", failed), ("c", json!({})), ("b", json!({})), ("a", json!({}))]
-            .map(|(id, more)| entry(id, more))
+            .map(|(id, more)| entry(id, &more))
             .to_vec();
         let ids = |status: &NodeImageBuildStatus| -> Vec<String> {
             surplus(&build().spec, status).into_iter().map(|entry| entry.build_id).collect()

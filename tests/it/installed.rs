@@ -1,5 +1,5 @@
 //! The chart on a real API server: every combination of values is accepted as it is, upgrades and rollbacks keep what is
-//! there, and a GitOps tool and the operator do not fight.
+//! there, and a tool that applies from Git and the operator do not fight.
 
 use std::{
     env, fs,
@@ -21,17 +21,13 @@ use kube::{
     core::GroupVersion,
 };
 use kube_runtime::wait::{await_condition, conditions::is_crd_established};
-use node_image_builder::{
-    api::v1alpha1::{FINALIZER, NodeImageBuild, Phase},
-    controller::metrics::Metrics,
-};
-use regex_lite::Regex;
+use node_image_builder::api::v1alpha1::{FINALIZER, NodeImageBuild, Phase};
 use serde_json::{Value, json};
 use tokio::time::timeout;
 
 use crate::{
     chart::values_files,
-    controller::harness::{self, Harness, SOON, condition, until},
+    controller::harness::{Harness, SOON, condition, until},
     support::{
         apiserver::{self, ApiServer},
         chart::{chart, render},
@@ -280,38 +276,4 @@ async fn a_gitops_tool_and_the_operator_write_different_fields() {
     assert!(!ours.is_empty() && ours.iter().all(|fields| fields["f:spec"].is_null()), "{ours:#?}");
     let labels = ours.iter().map(|fields| &fields["f:metadata"]["f:labels"]);
     assert!(labels.into_iter().all(Value::is_null), "{ours:#?}");
-}
-
-#[test]
-fn alerts_and_dashboard_ask_for_metrics_that_there_are() {
-    let metrics = Metrics::default();
-    metrics.build_started();
-    let request = crate::ova::request();
-    let mut outcome = harness::outcome(&request);
-    outcome.stage_seconds.insert(node_image_builder::contract::Stage::Fetch, 1.0);
-    metrics.build_succeeded(&outcome);
-    metrics.reconcile_failed("Conflict");
-    metrics.reconciled(std::time::Duration::from_millis(1));
-    let text = metrics.render().unwrap();
-    let name = Regex::new(r"node_image_builder_[a-z_]+").unwrap();
-    let exported: Vec<&str> =
-        text.lines().filter(|line| !line.starts_with('#')).filter_map(|line| Some(name.find(line)?.as_str())).collect();
-    for file in ["files/alerts.yaml", "files/dashboard.json"] {
-        let asked = fs::read_to_string(chart().join(file)).unwrap();
-        let asked: Vec<&str> = name.find_iter(&asked).map(|found| found.as_str()).collect();
-        assert!(asked.len() >= 4, "{file}");
-        for metric in asked {
-            assert!(
-                exported.contains(&metric),
-                "{file} asks for {metric}, which the operator does not export: {exported:?}"
-            );
-        }
-    }
-    let dashboard: Value =
-        serde_json::from_str(&fs::read_to_string(chart().join("files/dashboard.json")).unwrap()).unwrap();
-    let dashboard = dashboard.to_string();
-    // A metric that nobody looks at is no use.
-    for metric in exported.iter().filter(|metric| !metric.ends_with("_sum") && !metric.ends_with("_count")) {
-        assert!(dashboard.contains(metric), "the dashboard does not show {metric}");
-    }
 }

@@ -12,6 +12,7 @@ mod failures;
 mod fetch;
 mod image_contract;
 mod installed;
+mod monitoring;
 mod nutanix;
 mod ova;
 mod package;

@@ -156,17 +156,18 @@ mod tests {
 
     use super::*;
 
-    fn build(status: &Value, more: &Value) -> NodeImageBuild {
+    fn build(status: Value, more: Value) -> NodeImageBuild {
+        let Value::Object(more) = more else { panic!("not an object") };
         let mut metadata = json!({
             "name": "golden", "namespace": "images", "generation": 2, "creationTimestamp": "2026-01-01T00:00:00Z",
         });
-        metadata.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        serde_json::from_value(json!({
+        metadata.as_object_mut().unwrap().extend(more);
+        let mut build = json!({
             "apiVersion": "nodeimagebuild.dev/v1alpha1", "kind": "NodeImageBuild", "metadata": metadata,
             "spec": { "os": { "name": "ubuntu", "version": "22.04" }, "releaseChannel": "1-31", "baremetal": {} },
-            "status": status,
-        }))
-        .unwrap()
+        });
+        build["status"] = status;
+        serde_json::from_value(build).unwrap()
     }
 
     fn now() -> Timestamp {
@@ -181,8 +182,8 @@ mod tests {
     fn table_has_a_line_for_each_build_with_equal_columns() {
         let progress = json!({ "stage": "Install", "percent": 42, "message": "packages" });
         let builds = [
-            build(&json!({ "phase": "Building", "progress": progress }), &json!({})),
-            build(&json!({ "phase": "Ready", "imageURL": "http://images/x.gz" }), &json!({ "name": "a-longer-name" })),
+            build(json!({ "phase": "Building", "progress": progress }), json!({})),
+            build(json!({ "phase": "Ready", "imageURL": "http://images/x.gz" }), json!({ "name": "a-longer-name" })),
         ];
         let expected = "\
 NAME           OS            CHANNEL  PHASE     DONE  AGE  IMAGE
@@ -221,7 +222,7 @@ a-longer-name  ubuntu 22.04  1-31     Ready           3h   http://images/x.gz
         #[case] meta: Value,
         #[case] expected: Option<End>,
     ) {
-        assert_eq!(end(&build(&status, &meta)), expected);
+        assert_eq!(end(&build(status, meta)), expected);
     }
 
     #[test]

@@ -141,7 +141,7 @@ async fn operator_lives_on_the_charts_role_and_needs_every_rule_of_it() {
     let harness = Harness::on(Arc::clone(&server), "rights").await;
     let operator = everywhere(&harness);
     until_leading(&operator).await;
-    live_through_everything(&harness).await;
+    Box::pin(live_through_everything(&harness)).await;
     // It renews its lease.
     let leases: Api<Lease> = Api::namespaced(harness.client.clone(), RELEASE);
     let renewed = |lease: &Lease| lease.spec.as_ref().and_then(|spec| spec.renew_time.clone()).map(|time| time.0);
