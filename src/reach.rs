@@ -149,6 +149,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_that_means_the_machine_itself_is_refused() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Reach::OtherMachines.limit(crate::http::builder(&crate::contract::Proxy::default()).unwrap());
         let error = client.build().unwrap().get("http://localhost:1/").send().await.unwrap_err();
         assert_eq!(forbidden(&error), Some(&Forbidden { host: "localhost".to_owned() }));
@@ -156,6 +157,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_redirect_to_the_metadata_service_is_not_followed() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let answer = || async {

@@ -114,9 +114,12 @@ async fn other_writers_conflict_with_the_operator_and_nothing_is_lost() {
             builds += 1;
             let api = harness.api::<NodeImageBuild>();
             harness.create(&name, json!({})).await;
-            // Somebody who does not stop writing, as a GitOps tool with labels of its own.
+            // Somebody who does not stop writing before they have met, as a GitOps tool with labels of its own.
             let writing = async {
                 for n in 0.. {
+                    if failed(&operator.metrics, "Conflict") > 0 {
+                        std::future::pending::<()>().await;
+                    }
                     let patch = json!({ "metadata": { "labels": { "theirs": format!("{n}") } } });
                     api.patch(&name, &PatchParams::apply("theirs"), &Patch::Merge(patch)).await.unwrap();
                 }
