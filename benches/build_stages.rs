@@ -165,7 +165,7 @@ fn shell(request: &BuildRequest, uploads: &str, work: &Path) -> Vec<(&'static st
             format!(
                 "tar -xzf containerd -C root && install -m 755 kubelet kubeadm kubectl root/usr/bin && \
                  mkdir -p root/opt/cni/bin && tar -xzf cni-plugins -C root/opt/cni/bin && \
-                 tar -xzf etcdadm -C root/usr/bin && tar -xzf cri-tools -C root/usr/local/bin && \
+                 tar -xzf etcdadm -C root/usr/bin && tar -xzf crictl -C root/usr/local/bin && \
                  mkdir -p root/mnt && mount --bind . root/mnt && chroot root sh -c '\
                  containerd >/dev/null 2>&1 & daemon=$!; until ctr version >/dev/null 2>&1; do sleep 0.1; done; \
                  for image in {}; do ctr -n k8s.io images import $image || exit 1; done; kill $daemon; wait $daemon' && \
