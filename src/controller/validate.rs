@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use k8s_openapi::api::core::v1::Toleration;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    context::Settings,
+    context::{Placement, Settings},
     references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, VSPHERE_SLOT, publish_slot},
     resources::build_id,
 };
@@ -62,10 +63,10 @@ pub struct Wish {
 
 /// What the resource asks for now.
 pub fn wish(build: &NodeImageBuild) -> Wish {
-    let NodeImageBuildSpec { suspend: _, history: _, deletion_policy: _, rebuild: _, build: run, .. } = &build.spec;
+    let run = &build.spec.build;
     let mut what = serde_json::to_value(&build.spec).unwrap_or_default();
     if let Some(what) = what.as_object_mut() {
-        for field in ["suspend", "history", "deletionPolicy", "rebuild", "build"] {
+        for field in ["suspend", "history", "retention", "deletionPolicy", "rebuild", "build"] {
             what.remove(field);
         }
     }
@@ -114,6 +115,7 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
 /// Everything that can be said without looking at anything else. To be asked first, before anything is read.
 pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refusal> {
     supported(spec)?;
+    placement(spec, &settings.placement)?;
     let targets = spec.publish_targets()?;
     if targets.iter().any(|target| target.artifact_server.is_some()) && settings.artifact_server.is_none() {
         return Err(Refusal::new(
@@ -121,6 +123,32 @@ pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refus
             "the image would go to the built-in artifact server, but the operator runs without one; write spec.publish \
              with an s3 or http target, or have the operator installed with artifactServer.enabled",
         ));
+    }
+    Ok(())
+}
+
+/// Whether the administrator lets the build pod run where the specification wants it.
+fn placement(spec: &NodeImageBuildSpec, allowed: &Placement) -> Result<(), Refusal> {
+    const CONTROL_PLANE: [&str; 2] = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"];
+    let refusal = |message: String| Err(Refusal::new("PlacementForbidden", message));
+    let reaches = |toleration: &Toleration| match toleration.key.as_deref() {
+        None | Some("") => true,
+        Some(key) => CONTROL_PLANE.contains(&key),
+    };
+    if let (false, Some(index)) = (allowed.control_plane, spec.build.tolerations.iter().position(reaches)) {
+        return refusal(format!(
+            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods, which are privileged, may not \
+             run: tolerate the taints of other nodes by their keys, or have the operator installed with \
+             builds.allowControlPlane"
+        ));
+    }
+    for (label, value) in &allowed.node_selector {
+        if let Some(other) = spec.build.node_selector.get(label).filter(|other| *other != value) {
+            return refusal(format!(
+                "spec.build.nodeSelector wants nodes with {label}={other}, but builds run only on those with {label}={value}: \
+                 leave {label} out"
+            ));
+        }
     }
     Ok(())
 }
@@ -508,6 +536,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         prepare(build, &wish(build), release(), None, &settings).unwrap()
     }
@@ -589,6 +619,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         let refusal = prepare(&build, &wish(&build), release(), None, &settings).unwrap_err();
         let named = format!("spec.vsphere.{field}");

@@ -12,12 +12,14 @@ use node_image_builder::{
     contract::{ClusterReference, CredentialSlot, Firmware, NutanixTarget, Provider, ProviderTarget, PublishTarget},
     controller::{
         cleanup::Outside,
-        context::{Lifecycle, Settings},
+        context::{Lifecycle, Placement, Settings},
         plan::{Inputs, Observed, plan},
         queue::Admission,
         references::{Use, references},
+        retention::Usage,
         validate::{self, Prepared, Refusal},
     },
+    reach::Reach,
 };
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -49,6 +51,8 @@ fn prepare(nutanix: &Value) -> Result<Prepared, Refusal> {
         builder_service_account: None,
         artifact_server: None,
         lifecycle: Lifecycle::default(),
+        reach: Reach::default(),
+        placement: Placement::default(),
     };
     validate::prepare(&build, &validate::wish(&build), crate::ova::request().release, None, &settings)
 }
@@ -136,6 +140,8 @@ fn image_is_exported_to_the_targets_too() {
         builder_service_account: None,
         artifact_server: None,
         lifecycle: Lifecycle::default(),
+        reach: Reach::default(),
+        placement: Placement::default(),
     };
     let wish = validate::wish(&build);
     let request = validate::prepare(&build, &wish, crate::ova::request().release, None, &settings).unwrap().request;
@@ -166,6 +172,7 @@ fn image_that_stays_when_the_resource_goes_is_told() {
         pod_refusals: BTreeMap::new(),
         progress: None,
         manifest_changed: false,
+        usage: Usage::NotNeeded,
         outside: Outside::default(),
     };
     let notes = plan(&observed, &Inputs::NotNeeded, Admission::Go, Lifecycle::FINISHED_JOB_TTL, now).notes;
