@@ -71,10 +71,19 @@ async fn an_image_is_built_uploaded_booted_and_removed() {
     std::fs::copy(prism.file(uuid), &disk).unwrap();
     boot(&disk, "nutanix");
 
-    // It is the source of another one, by the command line.
-    let source = (name.to_owned(), uuid.to_owned());
+    from_it(&prism, (name.to_owned(), uuid.to_owned()), &disk.with_extension("exported")).await;
+
+    namespace.delete_build("image").await;
+    assert_eq!(prism.names(), [SECOND], "an image stays that should go with its resource");
+    namespace.delete().await;
+}
+
+/// Builds another image from one that Prism Central has, by the command line; `raw` is its disk. The first time it is stopped
+/// in the middle of the upload.
+pub async fn from_it(prism: &Prism, source: (String, String), raw: &Path) {
+    let (name, uuid) = source.clone();
     let here = tempfile::tempdir().unwrap();
-    let flags = flags(here.path(), &prism, name);
+    let flags = flags(here.path(), prism, &name);
     prism.arm(Method::PUT, "/file", 1, Fault::StallAfter(1 << 20));
     let mut stopped = image_builder(here.path()).args(&flags).stdout(Stdio::piped()).spawn().unwrap();
     tokio::time::timeout(LIMIT, prism.stalled()).await.expect("the upload does not begin");
@@ -95,8 +104,7 @@ async fn an_image_is_built_uploaded_booted_and_removed() {
     expected.sort();
     images.sort();
     assert_eq!(images, expected);
-    let raw = disk.with_extension("exported");
-    let digest = Command::new("sha256sum").arg(&raw).output().await.unwrap();
+    let digest = Command::new("sha256sum").arg(raw).output().await.unwrap();
     let digest = String::from_utf8(digest.stdout).unwrap();
     let digest = digest.split_whitespace().next().unwrap();
     assert_eq!(outcome.image.base_digest, format!("sha256:{digest}"));
@@ -105,10 +113,6 @@ async fn an_image_is_built_uploaded_booted_and_removed() {
     let base = &provenance["predicate"]["buildDefinition"]["resolvedDependencies"][0];
     assert_eq!((&base["name"], &base["digest"]["sha256"]), (&json!("base"), &json!(digest)), "{base}");
     assert!(base["uri"].as_str().unwrap().ends_with(&format!("/images/{uuid}/file")), "{base}");
-
-    namespace.delete_build("image").await;
-    assert_eq!(prism.names(), [SECOND], "an image stays that should go with its resource");
-    namespace.delete().await;
 }
 
 /// Name of the image that is built from the first one.

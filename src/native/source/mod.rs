@@ -95,20 +95,28 @@ impl Classified for SourceError {
 /// Unpacks the system in the disk image `image`, raw or qcow2, into the new directory `root`. The image is used up.
 pub(super) async fn unpack(image: &Path, root: &Path, runner: &Runner) -> Result<(), SourceError> {
     fs::create_dir_all(root).map_err(|source| SourceError::Write { path: root.to_owned(), source })?;
-    let raw = raw_disk(image, runner)?;
+    let (image, stopped) = (image.to_owned(), runner.clone());
+    let raw = blocking(move || raw_disk(&image, &stopped)).await?;
     let disk = open(&raw)?;
     let partitions = partitions::find(&raw, &disk).map_err(|source| unreadable(&raw, source))?;
     let system = find_root(&disk, &partitions)?;
-    unpack_one(&raw, &disk, system, "/", root, runner).await?;
+    unpack_one(&raw, system, "/", root, runner).await?;
     let table = within(root, |tree| tree.read(FSTAB))??.unwrap_or_default();
     for mount in fstab::mounts(&table) {
         let Some(partition) = find_mounted(&disk, &partitions, &mount)? else { continue };
         let place = mount.place.to_string_lossy().into_owned();
         // What the mount would hide.
         within(root, |tree| tree.clear(&place))??;
-        unpack_one(&raw, &disk, partition, &place, root, runner).await?;
+        unpack_one(&raw, partition, &place, root, runner).await?;
     }
     fs::remove_file(&raw).map_err(|source| SourceError::Write { path: raw, source })
+}
+
+/// What takes long without waiting for anything gets a thread that nothing else waits for.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, SourceError> + Send + 'static,
+) -> Result<T, SourceError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(SourceError::Stopped))
 }
 
 fn unreadable(path: &Path, source: io::Error) -> SourceError {
@@ -144,39 +152,49 @@ fn raw_disk(image: &Path, runner: &Runner) -> Result<PathBuf, SourceError> {
 /// Checks one file system, and unpacks it at `place` of the tree.
 async fn unpack_one(
     raw: &Path,
-    disk: &File,
     partition: &Partition,
     place: &str,
     root: &Path,
     runner: &Runner,
 ) -> Result<(), SourceError> {
-    let name = partition.to_string();
-    let looked = FileSystem::look(disk, partition.offset).map_err(|error| why_not(&name, &error))?;
-    // e2fsck forgets the offset when it has carried a journal out (e2fsprogs 1.47.0).
-    let alone = looked.needs_recovery.then(|| raw.with_extension("partition"));
-    let copy = alone.as_deref().map(|path| {
-        let copied = take_out(disk, partition.offset, looked.size(), path);
-        copied.map_err(|source| SourceError::Write { path: path.to_owned(), source })
-    });
-    let copy = copy.transpose()?;
-    let (path, file, offset) = match (&alone, &copy) {
-        (Some(path), Some(file)) => (path.as_path(), file, 0),
-        _ => (raw, disk, partition.offset),
-    };
-    check(path, offset, &name, runner).await?;
-    let files = FileSystem::open(file, offset).map_err(|error| why_not(&name, &error))?;
-    let stopped = || runner.is_cancelled();
-    let unpacking = Unpacking { name: &name, disk: file, files: &files, place: Path::new(place), stopped: &stopped };
-    within(root, |_| unpacking.run())??;
-    match alone {
-        Some(path) => fs::remove_file(&path).map_err(|source| SourceError::Write { path, source }),
-        None => Ok(()),
+    let (name, disk, offset) = (partition.to_string(), raw.to_owned(), partition.offset);
+    let part = name.clone();
+    let (path, offset) = blocking(move || to_be_checked(disk, offset, &part)).await?;
+    check(&path, offset, &name, runner).await?;
+    let (place, root, stopped) = (PathBuf::from(place), root.to_owned(), runner.clone());
+    let file_system = path.clone();
+    blocking(move || {
+        let disk = &open(&file_system)?;
+        let files = &FileSystem::open(disk, offset).map_err(|error| why_not(&name, &error))?;
+        let stopped = &|| stopped.is_cancelled();
+        let unpacking = Unpacking { name: &name, disk, files, place: &place, stopped };
+        within(&root, |_| unpacking.run())?
+    })
+    .await?;
+    if path == raw {
+        return Ok(());
+    }
+    fs::remove_file(&path).map_err(|source| SourceError::Write { path, source })
+}
+
+/// The file in which the file system at `offset` of the disk can be checked, and where in it. One with a journal to be
+/// carried out is copied to a file of its own: e2fsck forgets the offset when it has done that (e2fsprogs 1.47.0).
+fn to_be_checked(raw: PathBuf, offset: u64, name: &str) -> Result<(PathBuf, u64), SourceError> {
+    let disk = open(&raw)?;
+    let looked = FileSystem::look(&disk, offset).map_err(|error| why_not(name, &error))?;
+    if !looked.needs_recovery || offset == 0 {
+        return Ok((raw, offset));
+    }
+    let path = raw.with_extension("partition");
+    match take_out(&disk, offset, looked.size(), &path) {
+        Ok(()) => Ok((path, 0)),
+        Err(source) => Err(SourceError::Write { path, source }),
     }
 }
 
 /// Copies a part of the disk to the new file `path`, but for its holes.
-fn take_out(disk: &File, offset: u64, size: u64, path: &Path) -> io::Result<File> {
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(path)?;
+fn take_out(disk: &File, offset: u64, size: u64, path: &Path) -> io::Result<()> {
+    let file = File::create(path)?;
     file.set_len(size)?;
     let mut piece = vec![0; 1 << 20];
     for extent in data_extents(disk)? {
@@ -188,7 +206,7 @@ fn take_out(disk: &File, offset: u64, size: u64, path: &Path) -> io::Result<File
             position += length as u64;
         }
     }
-    Ok(file)
+    Ok(())
 }
 
 /// Lets e2fsck carry the journal out, and mend what can be mended without a decision.
@@ -438,7 +456,7 @@ mod tests {
         let disk = Disk::new("gpt");
         let tree = disk.tree("tree");
         system(&tree);
-        let time = SystemTime::UNIX_EPOCH + Duration::new(4_600_000_000, 123_456_789);
+        let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1_600_000_000);
         for directory in ["bin", "dev", "many", "run/lock", "secret"] {
             fs::create_dir_all(tree.join(directory)).unwrap();
         }
@@ -471,6 +489,9 @@ mod tests {
         File::open(tree.join("many")).unwrap().set_modified(time).unwrap();
         disk.format(1, 32 * 1024, &disk.tree("nothing"), &EXT4);
         disk.format(33, 32 * 1024, &tree, &["-t", "ext4", "-b", "4096", "-N", "4000", "-m", "0"]);
+        // A time after 2106 and its fraction, which mke2fs does not keep.
+        let device = format!("{}?offset={}", disk.path().display(), 33 * MIB);
+        run("debugfs", &["-w", "-R", &format!("sif /bin/ping mtime_extra {}", 123_456_789 << 2 | 1), &device]);
 
         let root = disk.unpack().await.unwrap();
         let special = ["gone", "lock", "lost+found", "pipe", "null", "big"].map(|name| format!("--exclude={name}"));
@@ -480,9 +501,8 @@ mod tests {
         let ping = fs::metadata(root.join("bin/ping")).unwrap();
         assert_eq!((ping.uid(), ping.gid(), ping.mode() & 0o7777, ping.nlink()), (70_000, 5, 0o4755, 2));
         assert_eq!(ping.ino(), fs::metadata(root.join("secret/ping")).unwrap().ino());
-        // mke2fs keeps seconds only.
-        assert_eq!(ping.mtime(), 4_600_000_000);
-        assert_eq!(fs::metadata(root.join("many")).unwrap().mtime(), 4_600_000_000);
+        assert_eq!((ping.mtime(), ping.mtime_nsec()), ((1 << 32) + 1_600_000_000, 123_456_789));
+        assert_eq!(fs::metadata(root.join("many")).unwrap().mtime(), 1_600_000_000);
         let attribute = |path: &str, name: &str| xattr::get(root.join(path), name).unwrap();
         assert_eq!(attribute("bin/ping", "security.capability").as_deref(), Some(&CAPABILITY[..]));
         assert_eq!(attribute("bin/ping", "user.note"), Some(vec![7; 3000]));
