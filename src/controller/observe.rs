@@ -26,7 +26,7 @@ use super::{
     job_state::{self, JobState, PodState},
     plan::{Inputs, Observed, ObservedJob},
     queue::{Queue, Standing, server},
-    rebuild::{self, Due, Found},
+    rebuild::{self, BaseNow, Due, Found},
     reconcile::Guarded,
     references::{self, Lookup, ObjectKind, Reference, Use, references},
     resources::object_name,
@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
-    contract::{BaseChecksum, Classified},
+    contract::{Archive, Base, BaseChecksum, Classified},
     error::Chain,
     release::{ReleaseError, ReleaseQuery},
 };
@@ -332,16 +332,21 @@ async fn prepare(
     let make = |trigger| validate::prepare(build, &observed.wish, release.clone(), trigger, &context.settings);
     let mut prepared = make(None).map_err(Inputs::Refused)?;
     if let (Some(due), Some(rebuild), Some(status)) = (due, &build.spec.rebuild, &build.status) {
-        let base_digest = match (&due, &prepared.request.base.checksum) {
-            (Due::Schedule(_), BaseChecksum::Sha256Sums(sums)) => {
-                let read = resolver.listed_digest(sums, &prepared.request.base.url);
+        let listed = match (&due, &prepared.request.base) {
+            (Due::Schedule(_), Base::Archive(Archive { url, checksum: BaseChecksum::Sha256Sums(sums) })) => {
+                let read = resolver.listed_digest(sums, url);
                 let read = tokio::time::timeout(RESOLVE_TIMEOUT, read).await.map_err(|_| slow())?;
                 Some(read.map_err(|error| why_not(&error))?)
             }
             (_, _) => None,
         };
-        let found =
-            Found { inputs_digest: &prepared.inputs_digest, release: &shown, base_digest: base_digest.as_deref() };
+        let base = match (&prepared.request.base, &listed) {
+            (_, Some(digest)) => BaseNow::Digest(digest),
+            (Base::Archive(_), None) => BaseNow::Fixed,
+            // The operator does not talk to Prism Central.
+            (Base::PrismImage(_), None) => BaseNow::Unknown,
+        };
+        let found = Found { inputs_digest: &prepared.inputs_digest, release: &shown, base };
         let Some(trigger) = rebuild::cause(rebuild, due, status, found) else {
             let reference = BuildRef::of(build.as_ref());
             if let (true, Some(version)) = (rebuild.on_new_release, version) {

@@ -17,9 +17,9 @@ use crate::{
         Base, Engine, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish, REBUILD_ANNOTATION, Vsphere,
     },
     contract::{
-        self, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile, FileContent,
-        NutanixTarget, OsName, ProviderTarget, PublishTarget, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION,
-        VsphereTarget,
+        self, Archive, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile,
+        FileContent, NutanixTarget, OsName, PrismSource, ProviderTarget, PublishTarget, ResolvedRelease,
+        TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
     },
 };
 
@@ -95,15 +95,6 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
     }
     if spec.os.name == OsName::Redhat {
         return Err(Refusal::not_supported("spec.os.name: redhat", "write ubuntu or debian"));
-    }
-    if spec.nutanix.as_ref().is_some_and(|nutanix| nutanix.source_image_name.is_some()) {
-        // Every owner, capability, ACL and hard link of that disk would be needed. What reads ext4 without mounting it
-        // (debugfs, ext4-view, 7-Zip) loses some of them, and a build has no loop device to mount with.
-        let instead = "the Native engine starts from the files of a root file system and not from a disk; write what that \
-                       image holds as a tar archive (`guestfish --ro -a IMAGE -i \
-                       tar-out / root.tar numericowner:true xattrs:true acls:true`), put it on a web server, \
-                       and write its url and sha256 as spec.base";
-        return Err(Refusal::not_supported("spec.nutanix.sourceImageName", instead));
     }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
@@ -267,8 +258,16 @@ fn url(text: &str, field: &str) -> Result<Url, Refusal> {
 
 /// What the image starts from: as written, else the public one.
 pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
-    let Some(Base { url: place, sha256, sha512, sha256_sums_url }) = &spec.base else {
-        return default_base(spec);
+    let source = spec.nutanix.as_ref().and_then(|nutanix| nutanix.source_image_name.as_ref());
+    let (place, sha256, sha512, sha256_sums_url) = match (&spec.base, source) {
+        (Some(Base { url, sha256, sha512, sha256_sums_url }), None) => (url, sha256, sha512, sha256_sums_url),
+        (None, Some(name)) => return Ok(contract::Base::PrismImage(PrismSource { prism_image: name.clone() })),
+        (None, None) => return default_base(spec).map(contract::Base::Archive),
+        (Some(_), Some(_)) => {
+            let message =
+                "spec.base and spec.nutanix.sourceImageName are both there: the image starts from one of them";
+            return Err(Refusal::new("InvalidSpec", message));
+        }
     };
     let checksum = match (sha256, sha512, sha256_sums_url) {
         (Some(digest), None, None) => BaseChecksum::Sha256(digest.clone()),
@@ -279,11 +278,11 @@ pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
             return Err(Refusal::new("InvalidSpec", message));
         }
     };
-    Ok(contract::Base { url: url(place, "spec.base.url")?, checksum })
+    Ok(contract::Base::Archive(Archive { url: url(place, "spec.base.url")?, checksum }))
 }
 
 /// Canonical's root file system of an Ubuntu release, with the checksums published beside it.
-fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
+fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
     let series = match (spec.os.name, spec.os.version.as_str()) {
         (OsName::Ubuntu, "22.04") => "jammy",
         (OsName::Ubuntu, "24.04") => "noble",
@@ -295,7 +294,7 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
     };
     let directory = format!("https://cloud-images.ubuntu.com/releases/{series}/release");
     let file = format!("ubuntu-{}-server-cloudimg-amd64-root.tar.xz", spec.os.version);
-    Ok(contract::Base {
+    Ok(Archive {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
     })
@@ -373,6 +372,7 @@ fn nutanix_target(spec: &NodeImageBuildSpec, nutanix: &Nutanix) -> Result<Provid
         subnet,
         image_name,
         replace_existing,
+        // The base.
         source_image_name: _,
         categories,
     } = nutanix;
