@@ -165,6 +165,12 @@ impl Runner {
         Self { redactor, cancel }
     }
 
+    /// The same, for what has to be done even when the build is cancelled; give it a time-out.
+    #[must_use]
+    pub fn uncancelled(&self) -> Self {
+        Self { redactor: self.redactor.clone(), cancel: CancellationToken::new() }
+    }
+
     /// Runs to the end. Every line of output is logged at debug level; a failure carries the last ones.
     pub async fn run(&self, spec: CommandSpec) -> Result<Output, ProcessError> {
         self.run_watched(spec, |_| {}).await
