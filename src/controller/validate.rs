@@ -613,7 +613,7 @@ mod tests {
     }
 
     /// A resource for redhat; `more` is added to its specification.
-    fn redhat(more: Value) -> NodeImageBuild {
+    fn redhat(more: &Value) -> NodeImageBuild {
         let mut build = vsphere(("redhat", "9"), json!({}));
         let mut spec = serde_json::to_value(&build.spec).unwrap();
         spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -623,7 +623,7 @@ mod tests {
 
     #[test]
     fn redhat_needs_a_base_of_ones_own() {
-        let spec = redhat(json!({"base": null})).spec;
+        let spec = redhat(&json!({"base": null})).spec;
         supported(&spec).unwrap();
         let refusal = base(&spec).unwrap_err();
         assert_eq!(refusal.reason, "InvalidSpec");
@@ -639,7 +639,7 @@ mod tests {
         Some("https://mirror.test/epel.rpm")
     )]
     fn epel_is_used_unless_it_is_not_wanted(#[case] packages: Value, #[case] expected: Option<&str>) {
-        let found = prepared(&redhat(json!({"packages": packages}))).request.packages.epel;
+        let found = prepared(&redhat(&json!({"packages": packages}))).request.packages.epel;
         assert_eq!(found.as_ref().map(|epel| epel.release_url.as_str()), expected);
         if let Some(epel) = found {
             assert!(epel.key_url.as_str().ends_with("/RPM-GPG-KEY-EPEL-9"));
@@ -656,7 +656,7 @@ mod tests {
         let mut subscription = json!({"credentialsSecretRef": {"name": "rhsm"}, "serverReleaseVersion": "9.4"});
         subscription.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let proxy = json!({"http": proxy, "noProxy": ["satellite.test"]});
-        let build = redhat(json!({"subscription": subscription, "proxy": proxy}));
+        let build = redhat(&json!({"subscription": subscription, "proxy": proxy}));
         let found = prepared(&build).request.subscription.unwrap();
         assert_eq!(found.proxy.as_ref().map(|(host, port)| (host.as_str(), *port)), expected);
         assert_eq!(found.release_version.as_deref(), Some("9.4"));

@@ -79,7 +79,7 @@ pub(super) fn prepare(tree: &Tree) -> Result<(), TreeError> {
 const AUTHORITIES: &str = "--setopt=sslcacert=/run/image-builder/authorities.crt";
 
 /// Options of every call. `release` is the minor release to stay on.
-fn options<'o>(release: Option<&'o str>, authorities: bool) -> Vec<&'o str> {
+fn options(release: Option<&str>, authorities: bool) -> Vec<&str> {
     let mut options = vec![
         "--assumeyes",
         "--setopt=install_weak_deps=False",

@@ -175,11 +175,8 @@ fn prepare_tree(tree: &Tree, os: OsName, packages: &Packages, authorities: Optio
 /// The files that name archives.
 fn sources(tree: &Tree, os: OsName) -> Result<Vec<String>, TreeError> {
     if os == OsName::Redhat {
-        let names = tree.list(dnf::SOURCES)?.into_iter();
-        return Ok(names
-            .filter(|name| name.ends_with(".repo"))
-            .map(|name| format!("{}/{name}", dnf::SOURCES))
-            .collect());
+        let names = tree.list(dnf::SOURCES)?.into_iter().map(|name| format!("{}/{name}", dnf::SOURCES));
+        return Ok(names.filter(|file| Path::new(file).extension().is_some_and(|end| end == "repo")).collect());
     }
     let below = tree.list("/etc/apt/sources.list.d")?.into_iter().map(|name| format!("/etc/apt/sources.list.d/{name}"));
     let is_source = |file: &String| {
