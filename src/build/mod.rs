@@ -19,20 +19,24 @@ use self::{
 };
 use crate::{
     contract::{
-        BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, FailureClass, FailureReport,
+        Base, BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, FailureClass, FailureReport,
         ImageReport, PublishTarget, Stage,
     },
     error::Chain,
     fetch::{FetchError, Fetcher},
     http::{self, HttpError},
     native::{
-        Fetched, Native, NativeError,
+        self, Fetched, Native, NativeError,
         accelerator::{self, AcceleratorError, Virtualization},
     },
     package::{Format, ImageSource},
     process::Runner,
     progress::Reporter,
-    publish::{self, PublishError, Published, Publisher, nutanix::NutanixError, vsphere::VsphereError},
+    publish::{
+        self, PublishError, Published, Publisher,
+        nutanix::{NutanixError, SourceDisk},
+        vsphere::VsphereError,
+    },
     secret::{Credentials, Redactor},
 };
 
@@ -236,11 +240,25 @@ impl Build<'_> {
             reporter.report(Stage::Fetch, 0.0, "downloading");
             let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
             let wanted = Fetched::wanted(&request.release);
-            let (base, files) =
-                tokio::try_join!(fetcher.fetch_base(&request.base, |_, _| {}), fetcher.fetch_all(&wanted, &reporter))?;
+            let files = async { Ok::<_, BuildError>(fetcher.fetch_all(&wanted, &reporter).await?) };
+            let (base, files) = match &request.base {
+                Base::Archive(archive) => {
+                    let base = async {
+                        let (file, digest) = fetcher.fetch_base(archive, |_, _| {}).await?;
+                        Ok((native::Base::Archive(file), archive.url.clone(), digest))
+                    };
+                    tokio::try_join!(base, files)?
+                }
+                Base::PrismImage(source) => {
+                    let provider = provider.as_ref().ok_or(BuildError::Inconsistent)?;
+                    let disk = workspace.dir().join("source.disk");
+                    let SourceDisk { url, digest } = provider.fetch_source(source, &disk).await?;
+                    ((native::Base::Disk(disk), url, digest), files.await?)
+                }
+            };
             Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
         };
-        let ((base, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
+        let ((base, base_url, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
 
         let cache = workspace.cache();
         let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
@@ -274,7 +292,7 @@ impl Build<'_> {
                 image_report(&source, &file, provided, published, base_digest).ok_or(BuildError::Inconsistent)?;
             let about = (file.file_name(), &image);
             let Documents { sbom, provenance } =
-                documents::publish(&publisher, request, workspace, &assembled, about, started).await?;
+                documents::publish(&publisher, request, workspace, &assembled, &base_url, about, started).await?;
             Ok::<_, BuildError>(ImageReport { sbom, provenance, ..image })
         };
         let image = self.stage(Stage::Publish, publish).await?;

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 pub use self::{
-    nutanix::{ClusterReference, NutanixTarget},
+    nutanix::{ClusterReference, NutanixTarget, PrismSource},
     vsphere::{VsphereImage, VsphereTarget},
 };
 
@@ -174,10 +174,19 @@ pub enum BaseChecksum {
     Sha256Sums(Url),
 }
 
-/// The root file system an image starts from: a tar archive, plain or compressed by gzip, xz or zstd.
+/// What an image starts from.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Base {
+    Archive(Archive),
+    /// A disk image in the Prism Central that the image goes to.
+    PrismImage(PrismSource),
+}
+
+/// A root file system as a tar archive, plain or compressed by gzip, xz or zstd.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Base {
+pub struct Archive {
     pub url: Url,
     pub checksum: BaseChecksum,
 }
@@ -570,7 +579,8 @@ pub struct ImageReport {
     /// UUID of the image in Prism Central, where it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
-    /// Resolved digest of the base root file system, `sha256:...` or `sha512:...`.
+    /// Resolved digest of the base: of its archive, or of the disk that came from Prism Central. `sha256:...` or
+    /// `sha512:...`.
     pub base_digest: String,
     /// Where the list of what is in the image is (CycloneDX).
     #[serde(default, skip_serializing_if = "Option::is_none")]

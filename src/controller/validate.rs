@@ -2,12 +2,13 @@
 
 use std::{collections::BTreeMap, path::PathBuf};
 
+use k8s_openapi::api::core::v1::Toleration;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    context::Settings,
+    context::{Placement, Settings},
     references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, RHSM_SLOT, VSPHERE_SLOT, publish_slot},
     resources::build_id,
 };
@@ -17,9 +18,9 @@ use crate::{
         Subscription, Vsphere,
     },
     contract::{
-        self, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile, FileContent,
-        NutanixTarget, OsName, ProviderTarget, PublishTarget, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION,
-        VsphereTarget,
+        self, Archive, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile,
+        FileContent, NutanixTarget, OsName, PrismSource, ProviderTarget, PublishTarget, ResolvedRelease,
+        TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
     },
 };
 
@@ -63,10 +64,10 @@ pub struct Wish {
 
 /// What the resource asks for now.
 pub fn wish(build: &NodeImageBuild) -> Wish {
-    let NodeImageBuildSpec { suspend: _, history: _, deletion_policy: _, rebuild: _, build: run, .. } = &build.spec;
+    let run = &build.spec.build;
     let mut what = serde_json::to_value(&build.spec).unwrap_or_default();
     if let Some(what) = what.as_object_mut() {
-        for field in ["suspend", "history", "deletionPolicy", "rebuild", "build"] {
+        for field in ["suspend", "history", "retention", "deletionPolicy", "rebuild", "build"] {
             what.remove(field);
         }
     }
@@ -93,15 +94,6 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
             return Err(Refusal::not_supported("spec.engine: ImageBuilder", "write Native, or leave engine out"));
         }
     }
-    if spec.nutanix.as_ref().is_some_and(|nutanix| nutanix.source_image_name.is_some()) {
-        // Every owner, capability, ACL and hard link of that disk would be needed. What reads ext4 without mounting it
-        // (debugfs, ext4-view, 7-Zip) loses some of them, and a build has no loop device to mount with.
-        let instead = "the Native engine starts from the files of a root file system and not from a disk; write what that \
-                       image holds as a tar archive (`guestfish --ro -a IMAGE -i \
-                       tar-out / root.tar numericowner:true xattrs:true acls:true`), put it on a web server, \
-                       and write its url and sha256 as spec.base";
-        return Err(Refusal::not_supported("spec.nutanix.sourceImageName", instead));
-    }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
     }
@@ -112,6 +104,7 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
 /// Everything that can be said without looking at anything else. To be asked first, before anything is read.
 pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refusal> {
     supported(spec)?;
+    placement(spec, &settings.placement)?;
     let targets = spec.publish_targets()?;
     if targets.iter().any(|target| target.artifact_server.is_some()) && settings.artifact_server.is_none() {
         return Err(Refusal::new(
@@ -119,6 +112,32 @@ pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refus
             "the image would go to the built-in artifact server, but the operator runs without one; write spec.publish \
              with an s3 or http target, or have the operator installed with artifactServer.enabled",
         ));
+    }
+    Ok(())
+}
+
+/// Whether the administrator lets the build pod run where the specification wants it.
+fn placement(spec: &NodeImageBuildSpec, allowed: &Placement) -> Result<(), Refusal> {
+    const CONTROL_PLANE: [&str; 2] = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"];
+    let refusal = |message: String| Err(Refusal::new("PlacementForbidden", message));
+    let reaches = |toleration: &Toleration| match toleration.key.as_deref() {
+        None | Some("") => true,
+        Some(key) => CONTROL_PLANE.contains(&key),
+    };
+    if let (false, Some(index)) = (allowed.control_plane, spec.build.tolerations.iter().position(reaches)) {
+        return refusal(format!(
+            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods, which are privileged, may not \
+             run: tolerate the taints of other nodes by their keys, or have the operator installed with \
+             builds.allowControlPlane"
+        ));
+    }
+    for (label, value) in &allowed.node_selector {
+        if let Some(other) = spec.build.node_selector.get(label).filter(|other| *other != value) {
+            return refusal(format!(
+                "spec.build.nodeSelector wants nodes with {label}={other}, but builds run only on those with {label}={value}: \
+                 leave {label} out"
+            ));
+        }
     }
     Ok(())
 }
@@ -239,8 +258,16 @@ fn url(text: &str, field: &str) -> Result<Url, Refusal> {
 
 /// What the image starts from: as written, else the public one.
 pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
-    let Some(Base { url: place, sha256, sha512, sha256_sums_url }) = &spec.base else {
-        return default_base(spec);
+    let source = spec.nutanix.as_ref().and_then(|nutanix| nutanix.source_image_name.as_ref());
+    let (place, sha256, sha512, sha256_sums_url) = match (&spec.base, source) {
+        (Some(Base { url, sha256, sha512, sha256_sums_url }), None) => (url, sha256, sha512, sha256_sums_url),
+        (None, Some(name)) => return Ok(contract::Base::PrismImage(PrismSource { prism_image: name.clone() })),
+        (None, None) => return default_base(spec).map(contract::Base::Archive),
+        (Some(_), Some(_)) => {
+            let message =
+                "spec.base and spec.nutanix.sourceImageName are both there: the image starts from one of them";
+            return Err(Refusal::new("InvalidSpec", message));
+        }
     };
     let checksum = match (sha256, sha512, sha256_sums_url) {
         (Some(digest), None, None) => BaseChecksum::Sha256(digest.clone()),
@@ -251,11 +278,11 @@ pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
             return Err(Refusal::new("InvalidSpec", message));
         }
     };
-    Ok(contract::Base { url: url(place, "spec.base.url")?, checksum })
+    Ok(contract::Base::Archive(Archive { url: url(place, "spec.base.url")?, checksum }))
 }
 
 /// Canonical's root file system of an Ubuntu release, with the checksums published beside it.
-fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
+fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
     let series = match (spec.os.name, spec.os.version.as_str()) {
         (OsName::Ubuntu, "22.04") => "jammy",
         (OsName::Ubuntu, "24.04") => "noble",
@@ -273,7 +300,7 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
     };
     let directory = format!("https://cloud-images.ubuntu.com/releases/{series}/release");
     let file = format!("ubuntu-{}-server-cloudimg-amd64-root.tar.xz", spec.os.version);
-    Ok(contract::Base {
+    Ok(Archive {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
     })
@@ -392,6 +419,7 @@ fn nutanix_target(spec: &NodeImageBuildSpec, nutanix: &Nutanix) -> Result<Provid
         subnet,
         image_name,
         replace_existing,
+        // The base.
         source_image_name: _,
         categories,
     } = nutanix;
@@ -555,6 +583,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         prepare(build, &wish(build), release(), None, &settings).unwrap()
     }
@@ -693,6 +723,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         let refusal = prepare(&build, &wish(&build), release(), None, &settings).unwrap_err();
         let named = format!("spec.vsphere.{field}");

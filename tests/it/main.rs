@@ -11,6 +11,8 @@ mod examples;
 mod failures;
 mod fetch;
 mod image_contract;
+mod installed;
+mod monitoring;
 mod nutanix;
 mod ova;
 mod package;
