@@ -95,6 +95,7 @@ async fn request(mirror: &str, uploads: &str) -> BuildRequest {
         }),
         disk_size_mib: DISK_SIZE_MIB,
         packages: Packages::default(),
+        subscription: None,
         files: vec![],
         proxy: Proxy::default(),
         trust_bundle: None,

@@ -165,6 +165,12 @@ impl Runner {
         Self { redactor, cancel }
     }
 
+    /// The same, for what has to be done even when the build is cancelled; give it a time-out.
+    #[must_use]
+    pub fn uncancelled(&self) -> Self {
+        Self { redactor: self.redactor.clone(), cancel: CancellationToken::new() }
+    }
+
     /// Whether programs are stopped, and work between them should be.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()

@@ -212,7 +212,7 @@ impl Build<'_> {
         let Environment { reporter, redactor, credentials, cancel, import, .. } = &self.environment;
         let (reporter, credentials, cancel, import) = (reporter.clone(), credentials.clone(), cancel.clone(), *import);
         let runner = Runner::new(redactor.clone(), cancel.clone());
-        let native = Native::new(request, workspace.dir(), runner.clone(), reporter.clone());
+        let native = Native::new(request, workspace.dir(), runner.clone(), reporter.clone(), credentials.clone());
 
         let prepare = async {
             reporter.report(Stage::Prepare, 0.0, "looking at the node");

@@ -118,6 +118,7 @@ pub(super) fn document(
             "install": packages.install,
             "repositories": repositories,
             "disablePublicRepositories": packages.disable_public_repositories,
+            "epel": packages.epel.as_ref().map(|epel| shown(&epel.release_url)),
         },
         "files": files,
     });

@@ -166,8 +166,22 @@ fn purl(request: &BuildRequest, package: &InstalledPackage) -> Option<String> {
         OsName::Redhat => "rpm",
     };
     let mut purl = PackageUrl::new(kind, package.name.as_str()).ok()?;
-    purl.with_namespace(request.os.name.to_string()).ok()?.with_version(package.version.as_str()).ok()?;
+    purl.with_namespace(request.os.name.to_string()).ok()?;
     purl.add_qualifier("arch", package.architecture.as_str()).ok()?;
+    if kind == "rpm" {
+        // The type's own rules: the epoch is no part of the version. Scanners call the system as it calls itself.
+        let (epoch, version) = package.version.split_once(':').unwrap_or(("0", &package.version));
+        purl.with_version(version).ok()?;
+        purl.add_qualifier("distro", format!("rhel-{}", request.os.version)).ok()?;
+        if epoch != "0" {
+            purl.add_qualifier("epoch", epoch).ok()?;
+        }
+        if !package.source.is_empty() {
+            purl.add_qualifier("upstream", package.source.as_str()).ok()?;
+        }
+        return Some(purl.to_string());
+    }
+    purl.with_version(package.version.as_str()).ok()?;
     purl.add_qualifier("distro", format!("{}-{}", request.os.name, request.os.version)).ok()?;
     if package.source != package.name || package.source_version != package.version {
         purl.add_qualifier("upstream", format!("{}@{}", package.source, package.source_version)).ok()?;
@@ -206,6 +220,29 @@ mod tests {
             source_version: version.into(),
         };
         vec![package("libc6", "2.36-9+deb12u10", "glibc"), package("zlib1g", "1:1.2.13.dfsg-1", "zlib")]
+    }
+
+    #[test]
+    fn packages_of_red_hat_have_epochs_and_the_files_of_their_sources() {
+        let mut request = sample::request();
+        request.os = crate::contract::Os { name: OsName::Redhat, version: "9".into() };
+        let package = |name: &str, version: &str| InstalledPackage {
+            name: name.into(),
+            version: version.into(),
+            architecture: "x86_64".into(),
+            source: format!("{name}-3.0.7-27.el9.src.rpm"),
+            source_version: String::new(),
+        };
+        let packages = [package("bash", "3.0.7-27.el9"), package("openssl", "1:3.0.7-27.el9")];
+        let text = document(&request, &packages, &[], "redhat-9-kube-1-34.gz", &"a".repeat(64));
+        assert!(Model::parse_from_json_v1_5(text.as_slice()).unwrap().validate().passed());
+        let text = String::from_utf8(text).unwrap();
+        for purl in [
+            "pkg:rpm/redhat/bash@3.0.7-27.el9?arch=x86_64&distro=rhel-9&upstream=bash-3.0.7-27.el9.src.rpm\"",
+            "pkg:rpm/redhat/openssl@3.0.7-27.el9?arch=x86_64&distro=rhel-9&epoch=1&upstream=openssl-3.0.7-27.el9.src.rpm\"",
+        ] {
+            assert!(text.contains(purl), "{text}");
+        }
     }
 
     #[test]

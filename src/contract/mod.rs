@@ -204,6 +204,36 @@ pub struct Packages {
     /// Whether the base's own package sources are switched off while building.
     #[serde(default)]
     pub disable_public_repositories: bool,
+    /// Extra Packages for Enterprise Linux, for redhat.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub epel: Option<Epel>,
+}
+
+/// Where Extra Packages for Enterprise Linux come from.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Epel {
+    /// The package that sets the package source up.
+    pub release_url: Url,
+    /// The key that this package and all others of the source are signed with.
+    pub key_url: Url,
+}
+
+/// Red Hat subscription while building. Keys of the slot: `username` and `password` with an optional `orgID`, or
+/// `activationKey` and `orgID`.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Subscription {
+    pub slot: CredentialSlot,
+    /// Host name of a Satellite server, with its port where that is not 443; else Red Hat's own service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
+    /// Minor release to stay on, e.g. `9.4`; else the newest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release_version: Option<String>,
+    /// Host name and port of the proxy for the subscription service, where it differs from the build's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<(String, u16)>,
 }
 
 /// A file to put into the image.
@@ -386,6 +416,8 @@ pub struct BuildRequest {
     pub disk_size_mib: u64,
     #[serde(default)]
     pub packages: Packages,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subscription: Option<Subscription>,
     #[serde(default)]
     pub files: Vec<ExtraFile>,
     #[serde(default)]

@@ -9,12 +9,13 @@ use url::Url;
 
 use super::{
     context::{Placement, Settings},
-    references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, VSPHERE_SLOT, publish_slot},
+    references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, RHSM_SLOT, VSPHERE_SLOT, publish_slot},
     resources::build_id,
 };
 use crate::{
     api::v1alpha1::{
-        Base, Engine, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish, REBUILD_ANNOTATION, Vsphere,
+        Base, Engine, Epel, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish, REBUILD_ANNOTATION,
+        Subscription, Vsphere,
     },
     contract::{
         self, Archive, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile,
@@ -92,9 +93,6 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
         Engine::ImageBuilder => {
             return Err(Refusal::not_supported("spec.engine: ImageBuilder", "write Native, or leave engine out"));
         }
-    }
-    if spec.os.name == OsName::Redhat {
-        return Err(Refusal::not_supported("spec.os.name: redhat", "write ubuntu or debian"));
     }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
@@ -182,7 +180,9 @@ pub fn request(
                 .map(|repository| (repository.name.clone(), repository.content.clone()))
                 .collect(),
             disable_public_repositories: spec.packages.disable_public_repositories,
+            epel: epel(spec)?,
         },
+        subscription: subscription(spec),
         files: files(spec),
         proxy: spec.proxy.clone().unwrap_or_default(),
         trust_bundle: spec.trust_bundle.as_ref().map(|_| PathBuf::from(TRUST_BUNDLE_FILE)),
@@ -287,8 +287,14 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
         (OsName::Ubuntu, "22.04") => "jammy",
         (OsName::Ubuntu, "24.04") => "noble",
         (os, version) => {
-            let message =
-                format!("spec.base is missing: {os} {version} has no default base, write its url and checksum");
+            let why = match os {
+                OsName::Redhat => {
+                    "Red Hat publishes no root file system that anybody may download; make one of yours \
+                                   a tar archive (docs/redhat.md)"
+                }
+                OsName::Ubuntu | OsName::Debian => "it has no default base",
+            };
+            let message = format!("spec.base is missing for {os} {version}: {why}, and write its url and checksum");
             return Err(Refusal::new("InvalidSpec", message));
         }
     };
@@ -297,6 +303,47 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
     Ok(Archive {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
+    })
+}
+
+/// Fedora's package source for a version of Red Hat Enterprise Linux, as the EKS Anywhere tool uses it.
+const EPEL: &str = "https://dl.fedoraproject.org/pub/epel";
+
+/// Extra Packages for Enterprise Linux, unless they or all public sources are switched off.
+fn epel(spec: &NodeImageBuildSpec) -> Result<Option<contract::Epel>, Refusal> {
+    let (release, key) = match &spec.packages.epel {
+        Some(Epel { enabled: false, .. }) => return Ok(None),
+        None if spec.os.name != OsName::Redhat || spec.packages.disable_public_repositories => return Ok(None),
+        Some(Epel { release_url, gpg_key_url, .. }) => (release_url.clone(), gpg_key_url.clone()),
+        None => (None, None),
+    };
+    let version = &spec.os.version;
+    let release = release.unwrap_or_else(|| format!("{EPEL}/epel-release-latest-{version}.noarch.rpm"));
+    let key = key.unwrap_or_else(|| format!("{EPEL}/RPM-GPG-KEY-EPEL-{version}"));
+    Ok(Some(contract::Epel {
+        release_url: url(&release, "spec.packages.epel.releaseURL")?,
+        key_url: url(&key, "spec.packages.epel.gpgKeyURL")?,
+    }))
+}
+
+/// The subscription; its proxy is that of the build where it names none, as with the EKS Anywhere tool.
+fn subscription(spec: &NodeImageBuildSpec) -> Option<contract::Subscription> {
+    let Subscription { credentials_secret_ref: _, server_hostname, server_release_version, proxy_hostname, proxy_port } =
+        spec.subscription.as_ref()?;
+    let build_proxy = || {
+        let proxy = spec.proxy.as_ref()?;
+        let direct = server_hostname.as_ref().is_some_and(|host| proxy.no_proxy.contains(host));
+        let url = proxy.http.as_ref().filter(|_| !direct)?.parse::<Url>().ok()?;
+        // One with a password is left to the environment: its password must not stand in a file of the image.
+        let plain = url.username().is_empty() && url.password().is_none();
+        plain.then_some(())?;
+        Some((url.host_str()?.to_owned(), url.port_or_known_default()?))
+    };
+    Some(contract::Subscription {
+        slot: CredentialSlot(RHSM_SLOT.to_owned()),
+        server: server_hostname.clone(),
+        release_version: server_release_version.clone(),
+        proxy: proxy_hostname.clone().zip(*proxy_port).or_else(build_proxy),
     })
 }
 
@@ -593,6 +640,63 @@ mod tests {
     #[case::debian(("debian", "12"), 15)]
     fn hardware_version_is_that_of_the_eks_anywhere_tool(#[case] os: (&str, &str), #[case] version: u32) {
         assert_eq!(target(&vsphere(os, json!({}))).vmx_version, version);
+    }
+
+    /// A resource for redhat; `more` is added to its specification.
+    fn redhat(more: &Value) -> NodeImageBuild {
+        let mut build = vsphere(("redhat", "9"), json!({}));
+        let mut spec = serde_json::to_value(&build.spec).unwrap();
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        build.spec = serde_json::from_value(spec).unwrap();
+        build
+    }
+
+    #[test]
+    fn redhat_needs_a_base_of_ones_own() {
+        let spec = redhat(&json!({"base": null})).spec;
+        supported(&spec).unwrap();
+        let refusal = base(&spec).unwrap_err();
+        assert_eq!(refusal.reason, "InvalidSpec");
+        assert!(refusal.message.contains("spec.base is missing for redhat 9"), "{}", refusal.message);
+    }
+
+    #[rstest]
+    #[case::as_the_eks_anywhere_tool(json!({}), Some("https://dl.fedoraproject.org/pub/epel/epel-release-latest-9.noarch.rpm"))]
+    #[case::switched_off(json!({"epel": {"enabled": false}}), None)]
+    #[case::private_sources_only(json!({"disablePublicRepositories": true}), None)]
+    #[case::a_private_one(
+        json!({"disablePublicRepositories": true, "epel": {"releaseURL": "https://mirror.test/epel.rpm"}}),
+        Some("https://mirror.test/epel.rpm")
+    )]
+    fn epel_is_used_unless_it_is_not_wanted(#[case] packages: Value, #[case] expected: Option<&str>) {
+        let found = prepared(&redhat(&json!({"packages": packages}))).request.packages.epel;
+        assert_eq!(found.as_ref().map(|epel| epel.release_url.as_str()), expected);
+        if let Some(epel) = found {
+            assert!(epel.key_url.as_str().ends_with("/RPM-GPG-KEY-EPEL-9"));
+        }
+        assert_eq!(prepared(&vsphere(("debian", "12"), json!({}))).request.packages.epel, None);
+    }
+
+    #[rstest]
+    #[case::its_own(json!({"proxyHostname": "own.test", "proxyPort": 8080}), "http://p.test:3128", Some(("own.test", 8080)))]
+    #[case::that_of_the_build(json!({}), "http://p.test:3128", Some(("p.test", 3128)))]
+    #[case::one_with_a_password(json!({}), "http://u:secret@p.test:3128", None)]
+    #[case::reached_directly(json!({"serverHostname": "satellite.test"}), "http://p.test:3128", None)]
+    fn the_subscription_has_a_proxy(#[case] more: Value, #[case] proxy: &str, #[case] expected: Option<(&str, u16)>) {
+        let mut subscription = json!({"credentialsSecretRef": {"name": "rhsm"}, "serverReleaseVersion": "9.4"});
+        subscription.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let proxy = json!({"http": proxy, "noProxy": ["satellite.test"]});
+        let build = redhat(&json!({"subscription": subscription, "proxy": proxy}));
+        let found = prepared(&build).request.subscription.unwrap();
+        assert_eq!(found.proxy.as_ref().map(|(host, port)| (host.as_str(), *port)), expected);
+        assert_eq!(found.release_version.as_deref(), Some("9.4"));
+
+        let references = super::super::references::references(&build.spec);
+        let reference =
+            references.iter().find(|found| found.field == "spec.subscription.credentialsSecretRef").unwrap();
+        assert_eq!(reference.used_as, super::super::references::Use::Credentials(found.slot));
+        // A Satellite server takes no user.
+        assert_eq!(reference.keys.len(), if found.server.is_some() { 1 } else { 2 });
     }
 
     #[test]

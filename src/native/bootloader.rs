@@ -2,7 +2,8 @@
 //!
 //! Under UEFI the signed GRUB reads `grub.cfg` in its directory of the EFI system partition, which leads to
 //! `/boot/grub/grub.cfg` of the root file system. Both are written here: `grub-mkconfig` asks which disk the running
-//! system is on, and there is none yet. A later `update-grub` on a node writes the same from `/etc/default/grub.d`.
+//! system is on, and there is none yet. A later `update-grub` on a node writes the same from `/etc/default/grub.d`, a later
+//! `grub2-mkconfig` from the entries of the Boot Loader Specification, which Red Hat's systems have as well.
 //!
 //! Under BIOS the first sector of the disk leads to GRUB's core in a partition of its own, and the core to
 //! `/boot/grub`. `grub-install` would write both, but only to a disk that the kernel knows.
@@ -13,6 +14,7 @@ use uuid::Uuid;
 
 use super::{
     chroot::Chroot,
+    disk,
     tree::{Tree, TreeError, within},
 };
 use crate::{
@@ -20,15 +22,35 @@ use crate::{
     process::ProcessError,
 };
 
-/// Kernel arguments beside the root file system, as in `/etc/default/grub.d`.
-const ARGUMENTS: &str = "ro console=tty1 console=ttyS0";
+/// Kernel arguments beside the root file system, as in `/etc/default/grub.d` and `/etc/default/grub`.
+const fn arguments(os: OsName) -> &'static str {
+    match os {
+        OsName::Ubuntu | OsName::Debian => "ro console=tty1 console=ttyS0",
+        OsName::Redhat => "ro console=tty1 console=ttyS0 transparent_hugepage=madvise",
+    }
+}
+
+/// GRUB's directory.
+pub(super) const fn grub_dir(os: OsName) -> &'static str {
+    match os {
+        OsName::Ubuntu | OsName::Debian => "/boot/grub",
+        OsName::Redhat => "/boot/grub2",
+    }
+}
+
+/// Entries of the Boot Loader Specification.
+pub(super) const ENTRIES: &str = "/boot/loader/entries";
+/// The mount point of the EFI system partition, into which Red Hat's packages put their boot loaders.
+const ESP: &str = "/boot/efi";
+/// What marks the kernel that Red Hat's installer keeps for the machine that it ran on.
+const RESCUE: &str = "0-rescue-";
 
 /// Why the image can not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BootLoaderError {
     #[error("the image has no kernel in /boot; name a base with one, or package sources that have {package}")]
     NoKernel { package: &'static str },
-    #[error("the kernel {version} has no initramfs; the base's initramfs-tools does not make one")]
+    #[error("the kernel {version} has no initramfs; the base's initramfs-tools, or dracut, makes none")]
     NoInitramfs { version: String },
     #[error("the image has no {path}: the package {package} is not what it should be")]
     NoLoader { path: &'static str, package: &'static str },
@@ -73,7 +95,7 @@ struct Loader {
 }
 
 /// What firmware starts: from the removable-media path, so that no machine needs a boot entry.
-const LOADERS: [Loader; 3] = [
+const LOADERS: &[Loader] = &[
     Loader { place: "EFI/BOOT/BOOTX64.EFI", source: "/usr/lib/shim/shimx64.efi.signed", package: "shim-signed" },
     Loader {
         place: "EFI/BOOT/grubx64.efi",
@@ -83,18 +105,47 @@ const LOADERS: [Loader; 3] = [
     Loader { place: "EFI/BOOT/mmx64.efi", source: "/usr/lib/shim/mmx64.efi", package: "shim-signed" },
 ];
 
-/// Where the signed GRUB looks for its first configuration: the directory is compiled into it.
-fn first_configuration_dir(os: OsName) -> &'static str {
+/// The same of Red Hat, and under the names that boot entries of its systems have. Its fallback loader is left out: it would
+/// make such an entry and start again.
+const REDHAT_LOADERS: &[Loader] = &[
+    Loader { place: "EFI/BOOT/BOOTX64.EFI", source: "/boot/efi/EFI/redhat/shimx64.efi", package: "shim-x64" },
+    Loader { place: "EFI/BOOT/grubx64.efi", source: "/boot/efi/EFI/redhat/grubx64.efi", package: "grub2-efi-x64" },
+    Loader { place: "EFI/BOOT/mmx64.efi", source: "/boot/efi/EFI/redhat/mmx64.efi", package: "shim-x64" },
+    Loader { place: "EFI/redhat/shimx64.efi", source: "/boot/efi/EFI/redhat/shimx64.efi", package: "shim-x64" },
+    Loader { place: "EFI/redhat/grubx64.efi", source: "/boot/efi/EFI/redhat/grubx64.efi", package: "grub2-efi-x64" },
+    Loader { place: "EFI/redhat/mmx64.efi", source: "/boot/efi/EFI/redhat/mmx64.efi", package: "shim-x64" },
+];
+
+const fn loaders(os: OsName) -> &'static [Loader] {
     match os {
-        OsName::Ubuntu => "EFI/ubuntu",
-        OsName::Debian => "EFI/debian",
-        OsName::Redhat => "EFI/redhat",
+        OsName::Ubuntu | OsName::Debian => LOADERS,
+        OsName::Redhat => REDHAT_LOADERS,
+    }
+}
+
+/// The signed files that the image has to hold.
+pub(super) fn signed_files(os: OsName) -> Vec<&'static str> {
+    let signed = loaders(os).iter().map(|loader| loader.source).filter(|source| !source.contains("mmx64"));
+    let mut files: Vec<_> = signed.collect();
+    files.sort_unstable();
+    files.dedup();
+    files
+}
+
+/// Where the signed GRUB looks for its first configuration: the directory is compiled into it. Red Hat's looks beside
+/// itself first.
+fn first_configuration_dirs(os: OsName) -> &'static [&'static str] {
+    match os {
+        OsName::Ubuntu => &["EFI/ubuntu"],
+        OsName::Debian => &["EFI/debian"],
+        OsName::Redhat => &["EFI/redhat", "EFI/BOOT"],
     }
 }
 
 /// GRUB's first configuration: finds the root file system and goes on there.
-fn first_configuration(root: Uuid) -> String {
-    format!("search.fs_uuid {root} root\nset prefix=($root)'/boot/grub'\nconfigfile $prefix/grub.cfg\n")
+fn first_configuration(os: OsName, root: Uuid) -> String {
+    let directory = grub_dir(os);
+    format!("search.fs_uuid {root} root\nset prefix=($root)'{directory}'\nconfigfile $prefix/grub.cfg\n")
 }
 
 /// A file for the EFI system partition.
@@ -107,7 +158,7 @@ pub(super) struct EspFile {
 /// Everything the EFI system partition holds.
 fn esp_files(tree: &Tree, os: OsName, root: Uuid) -> Result<Vec<EspFile>, BootLoaderError> {
     let mut files = vec![];
-    for Loader { place, source, package } in LOADERS {
+    for &Loader { place, source, package } in loaders(os) {
         // Ubuntu and Debian sign the MOK manager under different names.
         let names = [format!("{source}.signed"), source.to_owned()];
         let Some(name) = names.iter().find(|name| tree.path(name).exists()) else {
@@ -115,8 +166,10 @@ fn esp_files(tree: &Tree, os: OsName, root: Uuid) -> Result<Vec<EspFile>, BootLo
         };
         files.push(EspFile { place: place.to_owned(), bytes: tree.read_bytes(name)? });
     }
-    let place = format!("{}/grub.cfg", first_configuration_dir(os));
-    files.push(EspFile { place, bytes: first_configuration(root).into_bytes() });
+    for directory in first_configuration_dirs(os) {
+        let place = format!("{directory}/grub.cfg");
+        files.push(EspFile { place, bytes: first_configuration(os, root).into_bytes() });
+    }
     Ok(files)
 }
 
@@ -165,32 +218,38 @@ impl BiosLoader {
     }
 }
 
-/// GRUB's directories and files for BIOS.
+/// GRUB's modules for BIOS, and where it looks for them.
 const BIOS_MODULES: &str = "/usr/lib/grub/i386-pc";
-const BIOS_TARGET: &str = "/boot/grub/i386-pc";
-const BIOS_CORE: &str = "/boot/grub/i386-pc/core.img";
 
-/// Puts GRUB's modules for BIOS where it looks for them, and makes its core, which finds them on partition 2.
-pub(super) async fn install_bios(chroot: &Chroot) -> Result<(), BootLoaderError> {
+fn bios_target(os: OsName) -> String {
+    format!("{}/i386-pc", grub_dir(os))
+}
+
+/// Puts GRUB's modules for BIOS where it looks for them, and makes its core, which finds them on the root partition.
+pub(super) async fn install_bios(chroot: &Chroot, os: OsName) -> Result<(), BootLoaderError> {
+    let target = bios_target(os);
     within(chroot.root(), |tree| {
         for name in tree.list(BIOS_MODULES)? {
             if matches!(name.rsplit_once('.'), Some((_, "mod" | "lst"))) || name == "boot.img" {
                 let bytes = tree.read_bytes(&format!("{BIOS_MODULES}/{name}"))?;
-                tree.write(&format!("{BIOS_TARGET}/{name}"), bytes, 0o644)?;
+                tree.write(&format!("{target}/{name}"), bytes, 0o644)?;
             }
         }
-        if tree.exists(&format!("{BIOS_TARGET}/boot.img")) {
+        if tree.exists(&format!("{target}/boot.img")) {
             return Ok(());
         }
-        Err(BootLoaderError::NoLoader { path: "/usr/lib/grub/i386-pc/boot.img", package: "grub-pc-bin" })
+        let package = if os == OsName::Redhat { "grub2-pc-modules" } else { "grub-pc-bin" };
+        Err(BootLoaderError::NoLoader { path: "/usr/lib/grub/i386-pc/boot.img", package })
     })??;
-    let prefix = "--prefix=(,gpt2)/boot/grub";
-    let core = ["--format=i386-pc", "--output", BIOS_CORE, prefix, "biosdisk", "part_gpt", "ext2"];
-    chroot.run("grub-mkimage", &core).await.map_err(|source| BootLoaderError::Core { source })?;
+    let program = if os == OsName::Redhat { "grub2-mkimage" } else { "grub-mkimage" };
+    let prefix = format!("--prefix=(,gpt{}){}", disk::root_number(os), grub_dir(os));
+    let core = format!("{target}/core.img");
+    let core = ["--format=i386-pc", "--output", &core, &prefix, "biosdisk", "part_gpt", "ext2"];
+    chroot.run(program, &core).await.map_err(|source| BootLoaderError::Core { source })?;
     Ok(())
 }
 
-/// Reads what the disk starts with from the finished tree.
+/// Takes what the disk starts with from the finished tree.
 pub(super) fn boot_parts(
     tree: &Tree,
     os: OsName,
@@ -198,10 +257,16 @@ pub(super) fn boot_parts(
     root: Uuid,
 ) -> Result<BootParts, BootLoaderError> {
     match firmware {
-        Firmware::Efi => Ok(BootParts::Efi(esp_files(tree, os, root)?)),
+        Firmware::Efi => {
+            let files = esp_files(tree, os, root)?;
+            // What packages put there is on the partition now, below which nobody would see it.
+            tree.clear(ESP)?;
+            Ok(BootParts::Efi(files))
+        }
         Firmware::Bios => {
-            let first_sector = tree.read_bytes(&format!("{BIOS_TARGET}/boot.img"))?;
-            let core = tree.read_bytes(BIOS_CORE)?;
+            let target = bios_target(os);
+            let first_sector = tree.read_bytes(&format!("{target}/boot.img"))?;
+            let core = tree.read_bytes(&format!("{target}/core.img"))?;
             if first_sector.len() != SECTOR || core.len() <= SECTOR {
                 return Err(BootLoaderError::UnknownForm { part: "boot sector or core" });
             }
@@ -214,28 +279,66 @@ pub(super) fn boot_parts(
 /// partition, where there is one.
 pub(super) fn configure(tree: &Tree, os: OsName, root: Uuid, esp: Option<&str>) -> Result<(), BootLoaderError> {
     let kernels = kernels(tree, os)?;
-    tree.write("/boot/grub/grub.cfg", configuration(os, root, &kernels), 0o600)?;
+    tree.write(&format!("{}/grub.cfg", grub_dir(os)), configuration(os, root, &kernels), 0o600)?;
+    if os == OsName::Redhat {
+        write_entries(tree, root, &kernels)?;
+    }
     let mut table = format!("UUID={root} / ext4 defaults,errors=remount-ro 0 1\n");
     if let Some(esp) = esp {
-        tree.make_dir("/boot/efi", 0o700)?;
+        tree.make_dir(ESP, 0o700)?;
         // A node works without it; a slow disk must not end the start in an emergency shell.
         let _ = writeln!(table, "UUID={esp} /boot/efi vfat umask=0077,nofail 0 1");
     }
     Ok(tree.write("/etc/fstab", table, 0o644)?)
 }
 
+/// The entries that Red Hat's tools know kernels by, in place of those that packages have made for the machine of the build.
+fn write_entries(tree: &Tree, root: Uuid, kernels: &[String]) -> Result<(), TreeError> {
+    let arguments = format!("root=UUID={root} {}", arguments(OsName::Redhat));
+    tree.clear(ENTRIES)?;
+    for name in tree.list("/boot")?.iter().filter(|name| name.contains(RESCUE)) {
+        tree.remove(&format!("/boot/{name}"))?;
+    }
+    for version in kernels {
+        let text = format!(
+            "title Red Hat Enterprise Linux ({version})\nversion {version}\nlinux /boot/vmlinuz-{version}\n\
+             initrd /boot/initramfs-{version}.img\noptions {arguments}\ngrub_users $grub_users\n\
+             grub_arg --unrestricted\ngrub_class kernel\n"
+        );
+        tree.write(&format!("{ENTRIES}/image-{version}.conf"), text, 0o644)?;
+    }
+    // Arguments of kernels that are installed later.
+    tree.write("/etc/kernel/cmdline", format!("{arguments}\n"), 0o644)?;
+    let newest = kernels.first().map(String::as_str).unwrap_or_default();
+    // GRUB overwrites this file in its place: its size is fixed.
+    let environment = format!("# GRUB Environment Block\nsaved_entry=image-{newest}\n");
+    tree.write(&format!("{}/grubenv", grub_dir(OsName::Redhat)), format!("{environment:#<1024}"), 0o644)
+}
+
+/// The name of a kernel's initial RAM disk.
+fn initramfs(os: OsName, version: &str) -> String {
+    match os {
+        OsName::Ubuntu | OsName::Debian => format!("initrd.img-{version}"),
+        OsName::Redhat => format!("initramfs-{version}.img"),
+    }
+}
+
 /// The image's kernels with their initramfs, the newest first.
 fn kernels(tree: &Tree, os: OsName) -> Result<Vec<String>, BootLoaderError> {
     let files = tree.list("/boot")?;
-    let mut versions: Vec<_> =
-        files.iter().filter_map(|name| name.strip_prefix("vmlinuz-")).map(str::to_owned).collect();
+    let found = files.iter().filter_map(|name| name.strip_prefix("vmlinuz-"));
+    let mut versions: Vec<_> = found.filter(|version| !version.starts_with(RESCUE)).map(str::to_owned).collect();
     versions.sort_by(|a, b| compare_versions(b, a));
     if versions.is_empty() {
-        let package = if os == OsName::Debian { "linux-image-amd64" } else { "linux-image-generic" };
+        let package = match os {
+            OsName::Ubuntu => "linux-image-generic",
+            OsName::Debian => "linux-image-amd64",
+            OsName::Redhat => "kernel",
+        };
         return Err(BootLoaderError::NoKernel { package });
     }
     for version in &versions {
-        if !files.contains(&format!("initrd.img-{version}")) {
+        if !files.contains(&initramfs(os, version)) {
             return Err(BootLoaderError::NoInitramfs { version: version.clone() });
         }
     }
@@ -251,11 +354,12 @@ fn configuration(os: OsName, root: Uuid, kernels: &[String]) -> String {
     };
     let mut entries = String::new();
     for version in kernels {
+        let (arguments, initramfs) = (arguments(os), initramfs(os, version));
         let _ = write!(
             entries,
             "menuentry '{name}, Linux {version}' {{\n\tsearch --no-floppy --fs-uuid --set=root {root}\n\
-             \tlinux /boot/vmlinuz-{version} root=UUID={root} {ARGUMENTS}\n\
-             \tinitrd /boot/initrd.img-{version}\n}}\n"
+             \tlinux /boot/vmlinuz-{version} root=UUID={root} {arguments}\n\
+             \tinitrd /boot/{initramfs}\n}}\n"
         );
     }
     format!(
@@ -321,6 +425,44 @@ mod tests {
         assert!(new < old, "{text}");
         assert!(text.contains(&format!("root=UUID={root} ro console=tty1 console=ttyS0")));
         assert!(tree.read("/etc/fstab").unwrap().unwrap().contains("UUID=1234-ABCD /boot/efi vfat"));
+    }
+
+    const COMPLETE_REDHAT: [&str; 8] = [
+        "/boot/vmlinuz-5.14.0-427.el9.x86_64",
+        "/boot/initramfs-5.14.0-427.el9.x86_64.img",
+        "/boot/vmlinuz-0-rescue-0123456789abcdef0123456789abcdef",
+        "/boot/initramfs-0-rescue-0123456789abcdef0123456789abcdef.img",
+        "/boot/loader/entries/0123456789abcdef0123456789abcdef-5.14.0-427.el9.x86_64.conf",
+        "/boot/efi/EFI/redhat/shimx64.efi",
+        "/boot/efi/EFI/redhat/grubx64.efi",
+        "/boot/efi/EFI/redhat/mmx64.efi",
+    ];
+
+    #[test]
+    fn red_hat_starts_from_its_own_directories_and_without_what_the_builds_machine_got() {
+        let (_dir, tree) = tree(&COMPLETE_REDHAT);
+        let root = Uuid::from_u128(7);
+        configure(&tree, OsName::Redhat, root, Some("1234-ABCD")).unwrap();
+        let BootParts::Efi(files) = boot_parts(&tree, OsName::Redhat, Firmware::Efi, root).unwrap() else { panic!() };
+        let stub = |place: &str| {
+            let file = files.iter().find(|file| file.place == place).unwrap();
+            String::from_utf8(file.bytes.clone()).unwrap()
+        };
+        assert!(stub("EFI/redhat/grub.cfg").contains("set prefix=($root)'/boot/grub2'"));
+        assert_eq!(stub("EFI/redhat/grub.cfg"), stub("EFI/BOOT/grub.cfg"));
+        assert_eq!(stub("EFI/BOOT/BOOTX64.EFI"), "x");
+        assert_eq!(tree.list(ESP).unwrap(), Vec::<String>::new());
+
+        let text = tree.read("/boot/grub2/grub.cfg").unwrap().unwrap();
+        assert!(
+            text.contains("initrd /boot/initramfs-5.14.0-427.el9.x86_64.img") && !text.contains("rescue"),
+            "{text}"
+        );
+        assert_eq!(tree.list(ENTRIES).unwrap(), ["image-5.14.0-427.el9.x86_64.conf"]);
+        let entry = tree.read(&format!("{ENTRIES}/image-5.14.0-427.el9.x86_64.conf")).unwrap().unwrap();
+        assert!(entry.contains(&format!("options root=UUID={root} ro console=tty1 console=ttyS0 ")), "{entry}");
+        assert_eq!(tree.read("/boot/grub2/grubenv").unwrap().unwrap().len(), 1024);
+        assert!(!tree.list("/boot").unwrap().iter().any(|name| name.contains("rescue")));
     }
 
     #[test]

@@ -153,6 +153,29 @@ impl Chroot {
 
     /// Runs a program of the image as process 1 of its own process namespace: whatever it starts ends with it.
     pub(super) async fn run(&self, program: &str, args: &[&str]) -> Result<Output, ProcessError> {
+        self.start(&self.runner, self.command(program, args), program).await
+    }
+
+    /// As [`run`](Self::run), to the end also when the build is cancelled, for at most `limit`. `input` comes over standard
+    /// input: no other process sees it.
+    pub(super) async fn run_uncancelled(
+        &self,
+        program: &str,
+        args: &[&str],
+        input: Option<Vec<u8>>,
+        limit: Duration,
+    ) -> Result<Output, ProcessError> {
+        let mut spec = self.command(program, args).timeout(limit);
+        spec.stdin = input;
+        self.start(&self.runner.uncancelled(), spec, program).await
+    }
+
+    async fn start(&self, runner: &Runner, spec: CommandSpec, program: &str) -> Result<Output, ProcessError> {
+        // What failed is the program, not what runs it.
+        runner.run(spec).await.map_err(|error| error.on_behalf_of(program))
+    }
+
+    fn command(&self, program: &str, args: &[&str]) -> CommandSpec {
         let mut spec = CommandSpec::new("unshare")
             .args(["--mount", "--pid", "--fork", "--kill-child", "--mount-proc=/proc"])
             .arg("--root")
@@ -162,8 +185,7 @@ impl Chroot {
             .args(args)
             .timeout(COMMAND_TIMEOUT);
         spec.env.clone_from(&self.environment);
-        // What failed is the program, not what runs it.
-        self.runner.run(spec).await.map_err(|error| error.on_behalf_of(program))
+        spec
     }
 
     /// Takes the mounts away. Only then may the tree be read as the image's content.

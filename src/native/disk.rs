@@ -16,7 +16,7 @@ use super::{
     epoch, ext4,
 };
 use crate::{
-    contract::{BuildRequest, Classified, FailureClass, Firmware},
+    contract::{BuildRequest, Classified, FailureClass, Firmware, OsName},
     package::sparse::data_extents,
     process::{CommandSpec, ProcessError, Runner},
 };
@@ -108,18 +108,28 @@ pub(super) struct Place {
     pub size: u64,
 }
 
-/// Partition 1 is what firmware starts: the EFI system partition, or GRUB's core for BIOS. Partition 2 is the root file
-/// system: Tinkerbell's templates of EKS Anywhere mount the root of Ubuntu by this number (eksa-facts 6.6).
+/// Number of the partition that holds the root file system: Tinkerbell's templates of EKS Anywhere mount it by this number
+/// (eksa-facts 6.6).
+pub(super) const fn root_number(os: OsName) -> u32 {
+    match os {
+        OsName::Ubuntu | OsName::Debian => 2,
+        OsName::Redhat => 1,
+    }
+}
+
+/// The first partition on the disk is what firmware starts: the EFI system partition, or GRUB's core for BIOS. Behind it is
+/// the root file system, whichever number it has, so that it can grow with the disk.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) struct Layout {
     firmware: Firmware,
+    root_number: u32,
     size: u64,
     boot: Place,
     root: Place,
 }
 
 impl Layout {
-    pub(super) fn new(disk_size_mib: u64, firmware: Firmware) -> Self {
+    pub(super) fn new(disk_size_mib: u64, firmware: Firmware, os: OsName) -> Self {
         let size = disk_size_mib.saturating_mul(MIB);
         let boot_size = match firmware {
             Firmware::Efi => ESP_SIZE,
@@ -127,7 +137,8 @@ impl Layout {
         };
         let boot = Place { offset: EDGE, size: boot_size };
         let offset = boot.offset + boot.size;
-        Self { firmware, size, boot, root: Place { offset, size: size.saturating_sub(offset + EDGE) } }
+        let root = Place { offset, size: size.saturating_sub(offset + EDGE) };
+        Self { firmware, root_number: root_number(os), size, boot, root }
     }
 
     /// Refuses a disk that the tree does not fit into, with the size that would do.
@@ -217,8 +228,8 @@ fn write_table(disk: &Path, layout: &Layout, ids: &DiskIds) -> Result<(), DiskEr
             .logical_block_size(LogicalBlockSize::Lb512)
             .create_from_device(file, Some(ids.disk))?;
         let parts = [
-            (1, name, layout.boot, kind, ids.boot_partition),
-            (2, "root", layout.root, partition_types::LINUX_FS, ids.root_partition),
+            (3 - layout.root_number, name, layout.boot, kind, ids.boot_partition),
+            (layout.root_number, "root", layout.root, partition_types::LINUX_FS, ids.root_partition),
         ];
         for (number, name, place, kind, _) in &parts {
             table.add_partition_at(name, *number, place.offset / SECTOR, place.size / SECTOR, kind.clone(), 0)?;
@@ -351,9 +362,22 @@ mod tests {
 
     #[test]
     fn root_is_partition_2_behind_an_esp_of_512_mib() {
-        let layout = Layout::new(6656, Firmware::Efi);
+        let layout = Layout::new(6656, Firmware::Efi, OsName::Debian);
         assert_eq!(layout.boot, Place { offset: MIB, size: 512 * MIB });
         assert_eq!(layout.root, Place { offset: 513 * MIB, size: (6656 - 514) * MIB });
+    }
+
+    #[test]
+    fn root_of_red_hat_has_number_1_and_still_the_end_of_the_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let disk = dir.path().join("disk.raw");
+        let layout = Layout::new(6656, Firmware::Efi, OsName::Redhat);
+        File::create(&disk).unwrap().set_len(layout.size).unwrap();
+        write_table(&disk, &layout, &DiskIds::new(&sample::request())).unwrap();
+        let table = GptConfig::new().open(&disk).unwrap();
+        let kinds = |number| table.partitions()[&number].part_type_guid.clone();
+        assert_eq!((kinds(1), kinds(2)), (partition_types::LINUX_FS, partition_types::EFI));
+        assert_eq!(table.partitions()[&1].first_lba * SECTOR, layout.boot.offset + ESP_SIZE);
     }
 
     #[test]
@@ -372,19 +396,19 @@ mod tests {
 
     #[test]
     fn a_disk_that_is_too_small_is_refused_with_the_size_to_write() {
-        let layout = Layout::new(4096, Firmware::Efi);
+        let layout = Layout::new(4096, Firmware::Efi, OsName::Debian);
         layout.check(1024 * MIB).unwrap();
         let error = layout.check(3500 * MIB).unwrap_err();
         let DiskError::TooSmall { enough_mib, .. } = error else { panic!("{error}") };
         assert!(error.to_string().contains("spec.diskSize"), "{error}");
-        Layout::new(enough_mib, Firmware::Efi).check(3500 * MIB).unwrap();
+        Layout::new(enough_mib, Firmware::Efi, OsName::Debian).check(3500 * MIB).unwrap();
     }
 
     /// Needs mke2fs, mkfs.vfat and mcopy, as a build does.
     #[tokio::test]
     async fn the_same_tree_becomes_the_same_disk_with_both_file_systems() {
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::new(1024, Firmware::Efi);
+        let layout = Layout::new(1024, Firmware::Efi, OsName::Debian);
         let ids = DiskIds::new(&sample::request());
         let runner = Runner::new(Redactor::default(), CancellationToken::new());
         let make = async |name: &str| {
@@ -431,7 +455,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (root, disk) = (dir.path().join("root"), dir.path().join("disk.raw"));
         fs::create_dir(&root).unwrap();
-        let layout = Layout::new(20_480, Firmware::Efi);
+        let layout = Layout::new(20_480, Firmware::Efi, OsName::Debian);
         let file = EspFile { place: "EFI/BOOT/BOOTX64.EFI".into(), bytes: vec![7; 3 << 20] };
         let ids = DiskIds::new(&sample::request());
         let contents = Contents { root: &root, boot: BootParts::Efi(vec![file]), ids, epoch: 1_600_000_000 };

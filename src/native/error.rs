@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use super::{
     accelerator::AcceleratorError, artifacts::ArtifactError, bootloader::BootLoaderError, chroot::MountError,
     disk::DiskError, files::FileError, guest::GuestError, images::ImportError, packages::PackageError,
-    rootfs::BaseError, source::SourceError, tree::TreeError,
+    rootfs::BaseError, source::SourceError, subscription::SubscriptionError, tree::TreeError,
 };
 use crate::{
     contract::{Classified, FailureClass, Firmware, OsName, Provider},
@@ -48,6 +48,8 @@ pub enum NativeError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
+    Subscription(#[from] SubscriptionError),
+    #[error(transparent)]
     Tree(#[from] TreeError),
 }
 
@@ -69,6 +71,7 @@ impl NativeError {
             Self::Package(error) => error,
             Self::Process(error) => error,
             Self::Source(error) => error,
+            Self::Subscription(error) => error,
             Self::Tree(error) => error,
         })
     }

@@ -1,7 +1,8 @@
 //! The engine `Native`: assembles an image from a root file system. No installer, no SSH, no virtual machine to build in.
 //!
 //! [`Native`] is one build's engine; its methods are the stages, in their order. What each stage does is in a module of
-//! its own: the base (`rootfs`, or a disk image: `source`), its `packages`, the release's `artifacts` and container `images`, the
+//! its own: the base (`rootfs`, or a disk image: `source`), its `packages` (those of Red Hat with a `subscription`), the
+//! release's `artifacts` and container `images`, the
 //! `settings` of the image contract, the resource's `files`, `seal`ing, the `bootloader` and the `disk`; then
 //! the [`image_contract`] is checked in the tree and in a booted [`guest`].
 
@@ -11,6 +12,7 @@ mod bolt;
 mod bootloader;
 mod chroot;
 mod disk;
+mod dnf;
 mod epoch;
 mod error;
 mod ext4;
@@ -25,6 +27,7 @@ pub(crate) mod sample;
 mod seal;
 mod settings;
 mod source;
+mod subscription;
 pub mod tree;
 
 use std::{
@@ -44,12 +47,15 @@ use self::{
     guest::{Booted, Guest, GuestError},
     image_contract::{Expected, Level, Subject},
     settings::Unit,
+    subscription::Registration,
     tree::within,
 };
 use crate::{
     contract::{Accelerator, BuildRequest, Firmware, OsName, Provider, Stage},
+    error::Chain,
     process::Runner,
     progress::Reporter,
+    secret::Credentials,
 };
 
 /// The build's name servers: those of its machine.
@@ -61,6 +67,7 @@ pub struct Native<'b> {
     request: &'b BuildRequest,
     runner: Runner,
     reporter: Reporter,
+    credentials: Credentials,
     /// A directory that the build has for itself.
     dir: PathBuf,
     ids: DiskIds,
@@ -110,21 +117,29 @@ impl Assembled {
 
 impl<'b> Native<'b> {
     /// An engine that works in `dir`.
-    pub fn new(request: &'b BuildRequest, dir: &Path, runner: Runner, reporter: Reporter) -> Self {
-        Self { request, runner, reporter, dir: dir.to_owned(), ids: DiskIds::new(request) }
+    pub fn new(
+        request: &'b BuildRequest,
+        dir: &Path,
+        runner: Runner,
+        reporter: Reporter,
+        credentials: Credentials,
+    ) -> Self {
+        Self { request, runner, reporter, credentials, dir: dir.to_owned(), ids: DiskIds::new(request) }
     }
 
     /// Refuses what this engine does not make.
     pub fn check(&self) -> Result<(), NativeError> {
         let BuildRequest { os, provider, firmware, .. } = self.request;
-        // Tinkerbell's machines start by UEFI; those of Nutanix by BIOS; vSphere takes both.
-        let firmware_fits = match provider {
-            Provider::Baremetal => *firmware == Firmware::Efi,
-            Provider::Vsphere => true,
-            Provider::Nutanix => *firmware == Firmware::Bios,
+        // What EKS Anywhere makes (eksa-facts 1.3): Tinkerbell's machines start by UEFI, but for Red Hat 8, which does so
+        // nowhere; those of Nutanix by BIOS; vSphere takes both.
+        let redhat_8 = os.name == OsName::Redhat && os.version == "8";
+        let firmware_fits = match (provider, firmware) {
+            (Provider::Baremetal | Provider::Vsphere, Firmware::Efi) => !redhat_8,
+            (Provider::Baremetal, Firmware::Bios) => redhat_8,
+            (Provider::Vsphere | Provider::Nutanix, Firmware::Bios) => true,
+            (Provider::Nutanix, Firmware::Efi) => false,
         };
-        let made = os.name != OsName::Redhat && firmware_fits;
-        if made {
+        if firmware_fits {
             Ok(())
         } else {
             Err(NativeError::Unsupported { os: os.name, provider: *provider, firmware: *firmware })
@@ -160,14 +175,17 @@ impl<'b> Native<'b> {
         let epoch = self.newest(begin)?;
         let chroot = Chroot::enter(&root, fetched_dir, &self.request.proxy, epoch, self.runner.clone())?;
         within(&root, |tree| seal::lend_resolver(tree, &resolver))??;
-        packages::prepare(&root, &self.request.packages, authorities.as_deref())?;
-        let recipe = packages::recipe(self.request.os.name, self.request.provider, self.request.firmware);
-        let wanted: Vec<_> =
-            recipe.into_iter().chain(self.request.packages.install.iter().map(String::as_str)).collect();
-        for (step, share) in packages::Step::ALL.into_iter().zip([0.12, 0.2, 0.3]) {
-            self.install_progress(share, step.message());
-            packages::run(&chroot, step, &wanted, authorities.is_some()).await?;
+        let os = self.request.os.name;
+        packages::prepare(&root, os, &self.request.packages, authorities.as_deref())?;
+        let mut registration = Registration::new(&self.request.identity);
+        let installed = self.install_packages(&chroot, &mut registration, authorities.is_some()).await;
+        let given_back = registration.give_back(&chroot).await;
+        if let (Err(_), Err(error)) = (&installed, &given_back) {
+            // The first failure is the one to be reported.
+            tracing::error!("{}", Chain(error));
         }
+        installed?;
+        given_back?;
 
         self.install_progress(0.62, "installing Kubernetes, containerd and their tools");
         let artifacts = fetched.open()?;
@@ -181,18 +199,43 @@ impl<'b> Native<'b> {
         self.switch_units(&chroot).await?;
         let files = files::load(&self.request.files)?;
         within(&root, |tree| files::install(tree, &files))??;
-        packages::finish(&chroot).await?;
-        let packages = packages::list(&chroot).await?;
+        packages::finish(&chroot, os).await?;
+        let packages = packages::list(&chroot, os).await?;
         let esp = match self.request.firmware {
             Firmware::Efi => Some(self.ids.esp_label()),
             Firmware::Bios => {
-                bootloader::install_bios(&chroot).await?;
+                bootloader::install_bios(&chroot, os).await?;
                 None
             }
         };
-        within(&root, |tree| bootloader::configure(tree, self.request.os.name, self.ids.root, esp.as_deref()))??;
+        within(&root, |tree| bootloader::configure(tree, os, self.ids.root, esp.as_deref()))??;
         chroot.leave()?;
         Ok(Installed { images, packages, begin })
+    }
+
+    /// Installs updates, the recipe's packages and the resource's, with the subscription where there is one.
+    async fn install_packages(
+        &self,
+        chroot: &Chroot,
+        registration: &mut Registration,
+        authorities: bool,
+    ) -> Result<(), NativeError> {
+        let BuildRequest { os, provider, firmware, packages, subscription, .. } = self.request;
+        if let Some(subscription) = subscription {
+            self.install_progress(0.08, "registering the system");
+            registration.register(chroot, subscription, &self.credentials, authorities).await?;
+        }
+        if let Some(epel) = &packages.epel {
+            self.install_progress(0.1, "setting Extra Packages for Enterprise Linux up");
+            dnf::enable_epel(chroot, self.request, epel, authorities).await?;
+        }
+        let recipe = packages::recipe(os, *provider, *firmware);
+        let wanted: Vec<_> = recipe.into_iter().chain(packages.install.iter().map(String::as_str)).collect();
+        for (step, share) in packages::Step::ALL.into_iter().zip([0.12, 0.2, 0.3]) {
+            self.install_progress(share, step.message());
+            packages::run(chroot, self.request, step, &wanted, authorities).await?;
+        }
+        Ok(())
     }
 
     /// The newest time in the tree that is not the build's own, see [`epoch`].
@@ -218,7 +261,7 @@ impl<'b> Native<'b> {
 
     async fn switch_units(&self, chroot: &Chroot) -> Result<(), NativeError> {
         let (mut enable, mut mask) = (vec!["enable"], vec!["mask"]);
-        for unit in settings::units(self.request.provider) {
+        for unit in settings::units(self.request.os.name, self.request.provider) {
             match unit {
                 Unit::Enabled(names) => {
                     let there = within(chroot.root(), |tree| names.iter().find(|name| settings::has_unit(tree, name)))?;
@@ -240,9 +283,10 @@ impl<'b> Native<'b> {
         let epoch = self.newest(installed.begin)?;
         within(&root, |tree| images::settle(tree, epoch))??;
         let BuildRequest { os, provider, firmware, release, packages, .. } = self.request;
-        let recipe = packages::recipe(os.name, *provider, *firmware).into_iter().map(str::to_owned);
-        // `name=version` asks for a version; the name is what is installed.
-        let more = packages.install.iter().filter_map(|wish| wish.split(['=', '/']).next()).map(str::to_owned);
+        let recipe = packages::recipe(os, *provider, *firmware).into_iter().map(str::to_owned);
+        // `name=version` asks for a version; the name is what is installed. dnf takes what packages provide as well.
+        let named = packages.install.iter().filter(|_| os.name != OsName::Redhat);
+        let more = named.filter_map(|wish| wish.split(['=', '/']).next()).map(str::to_owned);
         let expected = Expected {
             os: os.clone(),
             provider: *provider,
@@ -269,7 +313,7 @@ impl<'b> Native<'b> {
         let (os, firmware, id) = (self.request.os.name, self.request.firmware, self.ids.root);
         let boot = within(&root, |tree| bootloader::boot_parts(tree, os, firmware, id))??;
         let disk = self.dir.join("disk.raw");
-        let layout = Layout::new(self.request.disk_size_mib, firmware);
+        let layout = Layout::new(self.request.disk_size_mib, firmware, os);
         let contents = Contents { root: &root, boot, ids: self.ids, epoch: sealed.epoch };
         disk::assemble(&contents, &disk, &self.dir, &layout, &self.runner).await?;
         // Room for the snapshot of the guest.

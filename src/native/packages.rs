@@ -1,4 +1,5 @@
-//! Packages of Debian and Ubuntu: updates, what every node has, and what the resource asks for.
+//! Packages: updates, what every node has, and what the resource asks for. Those of Debian and Ubuntu are here, those of Red
+//! Hat in [`dnf`].
 
 use std::path::Path;
 
@@ -6,10 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     chroot::Chroot,
+    dnf,
     tree::{Tree, TreeError, within},
 };
 use crate::{
-    contract::{Classified, FailureClass, Firmware, OsName, Packages, Provider},
+    contract::{BuildRequest, Classified, FailureClass, Firmware, Os, OsName, Packages, Provider},
     process::ProcessError,
 };
 
@@ -18,8 +20,10 @@ const POLICY: &str = "/usr/sbin/policy-rc.d";
 /// What names the archives that a base brings along while they are switched off.
 const DISABLED: &str = ".image-builder-disabled";
 /// The authorities of the system and of the build, for as long as the build needs them.
-const BUILD_AUTHORITIES: &str = "/run/image-builder/authorities.crt";
-const SYSTEM_AUTHORITIES: &str = "/etc/ssl/certs/ca-certificates.crt";
+pub(super) const BUILD_AUTHORITIES: &str = "/run/image-builder/authorities.crt";
+/// Where systems have their authorities: Debian's family, Red Hat's.
+const SYSTEM_AUTHORITIES: [&str; 2] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem"];
 /// GRUB's configuration of a base names a disk that is not there; package scripts would ask GRUB to renew it.
 const GRUB_CONFIGURATION: &str = "/boot/grub/grub.cfg";
 
@@ -91,21 +95,26 @@ impl Classified for PackageError {
     }
 }
 
-/// apt marks what matters in its output.
+/// apt and dnf mark what matters in their output.
 fn last_errors(output: &str) -> String {
-    let marked: Vec<_> = output.lines().filter(|line| line.starts_with("E:") || line.starts_with("W:")).collect();
+    const MARKS: [&str; 6] = ["E:", "W:", "Error:", " Problem", "  - ", "No match"];
+    let is_marked = |line: &&str| MARKS.iter().any(|mark| line.starts_with(mark));
+    let marked: Vec<_> = output.lines().filter(is_marked).map(str::trim).collect();
     if marked.is_empty() { output.to_owned() } else { marked.join(" ") }
 }
 
 /// What is installed, beyond what the resource names.
-pub(super) fn recipe(os: OsName, provider: Provider, firmware: Firmware) -> Vec<&'static str> {
-    let kernel: &[_] = match (os, provider) {
+pub(super) fn recipe(os: &Os, provider: Provider, firmware: Firmware) -> Vec<&'static str> {
+    if os.name == OsName::Redhat {
+        return dnf::recipe(&os.version, provider, firmware);
+    }
+    let kernel: &[_] = match (os.name, provider) {
         (OsName::Debian, _) => &["linux-image-amd64"],
         (_, Provider::Baremetal) => &["linux-image-generic", "linux-tools-generic", "linux-cloud-tools-generic"],
         (_, _) => &["linux-image-generic", "linux-tools-virtual", "linux-cloud-tools-virtual"],
     };
     // Debian has no packages of these names.
-    let initramfs: &[_] = match os {
+    let initramfs: &[_] = match os.name {
         OsName::Ubuntu => &["cloud-initramfs-copymods", "cloud-initramfs-dyn-netconf"],
         OsName::Debian | OsName::Redhat => &[],
     };
@@ -124,30 +133,51 @@ pub(super) fn recipe(os: OsName, provider: Provider, firmware: Firmware) -> Vec<
 }
 
 /// Sets the sources up for the build: the resource's own, the base's switched off where asked, the build's authorities.
-pub(super) fn prepare(root: &Path, packages: &Packages, authorities: Option<&str>) -> Result<(), PackageError> {
-    Ok(within(root, |tree| prepare_tree(tree, packages, authorities))??)
+pub(super) fn prepare(
+    root: &Path,
+    os: OsName,
+    packages: &Packages,
+    authorities: Option<&str>,
+) -> Result<(), PackageError> {
+    Ok(within(root, |tree| prepare_tree(tree, os, packages, authorities))??)
 }
 
-fn prepare_tree(tree: &Tree, packages: &Packages, authorities: Option<&str>) -> Result<(), TreeError> {
-    tree.write(POLICY, "#!/bin/sh\nexit 101\n", 0o755)?;
-    tree.remove(GRUB_CONFIGURATION)?;
+fn prepare_tree(tree: &Tree, os: OsName, packages: &Packages, authorities: Option<&str>) -> Result<(), TreeError> {
+    match os {
+        OsName::Ubuntu | OsName::Debian => {
+            tree.write(POLICY, "#!/bin/sh\nexit 101\n", 0o755)?;
+            tree.remove(GRUB_CONFIGURATION)?;
+        }
+        OsName::Redhat => dnf::prepare(tree)?,
+    }
     if packages.disable_public_repositories {
-        for file in sources(tree)? {
+        for file in sources(tree, os)? {
             tree.rename(&file, &format!("{file}{DISABLED}"))?;
         }
     }
     for (name, content) in &packages.repositories {
-        tree.write(&source_file(name, content), content, 0o644)?;
+        let file = match os {
+            OsName::Ubuntu | OsName::Debian => source_file(name, content),
+            OsName::Redhat => format!("{}/{name}.repo", dnf::SOURCES),
+        };
+        tree.write(&file, content, 0o644)?;
     }
     if let Some(authorities) = authorities {
-        let system = tree.read(SYSTEM_AUTHORITIES)?.unwrap_or_default();
-        tree.write(BUILD_AUTHORITIES, format!("{system}\n{authorities}\n"), 0o644)?;
+        let mut all = String::new();
+        for path in SYSTEM_AUTHORITIES {
+            all.push_str(&tree.read(path)?.unwrap_or_default());
+        }
+        tree.write(BUILD_AUTHORITIES, format!("{all}\n{authorities}\n"), 0o644)?;
     }
     Ok(())
 }
 
 /// The files that name archives.
-fn sources(tree: &Tree) -> Result<Vec<String>, TreeError> {
+fn sources(tree: &Tree, os: OsName) -> Result<Vec<String>, TreeError> {
+    if os == OsName::Redhat {
+        let names = tree.list(dnf::SOURCES)?.into_iter().map(|name| format!("{}/{name}", dnf::SOURCES));
+        return Ok(names.filter(|file| Path::new(file).extension().is_some_and(|end| end == "repo")).collect());
+    }
     let below = tree.list("/etc/apt/sources.list.d")?.into_iter().map(|name| format!("/etc/apt/sources.list.d/{name}"));
     let is_source = |file: &String| {
         let extension = Path::new(file).extension().and_then(|extension| extension.to_str());
@@ -167,7 +197,7 @@ fn source_file(name: &str, content: &str) -> String {
 /// Undoes what [`prepare`] set up for the build alone. The resource's own sources stay.
 pub(super) fn restore(tree: &Tree) -> Result<(), TreeError> {
     tree.remove(POLICY)?;
-    for directory in ["/etc/apt", "/etc/apt/sources.list.d"] {
+    for directory in ["/etc/apt", "/etc/apt/sources.list.d", dnf::SOURCES] {
         for name in tree.list(directory)? {
             if let Some(original) = name.strip_suffix(DISABLED) {
                 tree.rename(&format!("{directory}/{name}"), &format!("{directory}/{original}"))?;
@@ -196,7 +226,7 @@ impl Step {
         }
     }
 
-    const fn what(self) -> &'static str {
+    pub(super) const fn what(self) -> &'static str {
         match self {
             Self::Lists => "read the package lists",
             Self::Upgrade => "install updates",
@@ -206,7 +236,20 @@ impl Step {
 }
 
 /// Runs one step. `names` are the packages of [`Step::Install`].
-pub(super) async fn run(chroot: &Chroot, step: Step, names: &[&str], authorities: bool) -> Result<(), PackageError> {
+pub(super) async fn run(
+    chroot: &Chroot,
+    request: &BuildRequest,
+    step: Step,
+    names: &[&str],
+    authorities: bool,
+) -> Result<(), PackageError> {
+    match request.os.name {
+        OsName::Ubuntu | OsName::Debian => run_apt(chroot, step, names, authorities).await,
+        OsName::Redhat => dnf::run(chroot, request, step, names, authorities).await,
+    }
+}
+
+async fn run_apt(chroot: &Chroot, step: Step, names: &[&str], authorities: bool) -> Result<(), PackageError> {
     let ca_info = format!("Acquire::https::CAInfo={BUILD_AUTHORITIES}");
     let mut args = vec![
         "--yes",
@@ -245,7 +288,10 @@ pub(super) async fn run(chroot: &Chroot, step: Step, names: &[&str], authorities
 }
 
 /// After all packages: what nothing needs any more goes, and everything stays at its version.
-pub(super) async fn finish(chroot: &Chroot) -> Result<(), PackageError> {
+pub(super) async fn finish(chroot: &Chroot, os: OsName) -> Result<(), PackageError> {
+    if os == OsName::Redhat {
+        return dnf::finish(chroot).await;
+    }
     let step = "finish the packages";
     let told = |error| classify(step, error);
     chroot.run("apt-get", &["--yes", "-o", "Dpkg::Use-Pty=0", "autoremove", "--purge"]).await.map_err(told)?;
@@ -260,15 +306,19 @@ pub(super) async fn finish(chroot: &Chroot) -> Result<(), PackageError> {
 pub struct InstalledPackage {
     pub name: String,
     pub version: String,
-    /// `amd64`, or `all` where it does not matter.
+    /// `amd64`, or `all` where it does not matter; `x86_64` and `noarch` of Red Hat's.
     pub architecture: String,
-    /// The package of sources it was made from, which security notices name.
+    /// The package of sources it was made from, which security notices name; the name of its file where it is Red Hat's.
     pub source: String,
+    /// Empty where `source` says it.
     pub source_version: String,
 }
 
 /// Everything that is installed, sorted by name.
-pub(super) async fn list(chroot: &Chroot) -> Result<Vec<InstalledPackage>, PackageError> {
+pub(super) async fn list(chroot: &Chroot, os: OsName) -> Result<Vec<InstalledPackage>, PackageError> {
+    if os == OsName::Redhat {
+        return dnf::list(chroot).await;
+    }
     let format = "${db:Status-Abbrev}\t${Package}\t${Version}\t${Architecture}\t${source:Package}\t${source:Version}\n";
     let output = chroot.run("dpkg-query", &["--show", "--showformat", format]).await;
     let output = output.map_err(|error| classify("list the packages", error))?;
@@ -389,24 +439,27 @@ mod tests {
                 ("new".into(), "Types: deb".into()),
             ]),
             disable_public_repositories: true,
+            epel: None,
         };
-        prepare_tree(&tree, &packages, None).unwrap();
+        prepare_tree(&tree, OsName::Debian, &packages, None).unwrap();
         assert_eq!(
-            sources(&tree).unwrap(),
+            sources(&tree, OsName::Debian).unwrap(),
             ["/etc/apt/sources.list.d/new.sources", "/etc/apt/sources.list.d/own.list"]
         );
         assert!(tree.is_executable(POLICY));
         restore(&tree).unwrap();
-        assert_eq!(sources(&tree).unwrap().len(), 4);
+        assert_eq!(sources(&tree, OsName::Debian).unwrap().len(), 4);
         assert_eq!(tree.read("/etc/apt/sources.list").unwrap().as_deref(), Some("deb http://public ./"));
         assert!(!tree.exists(POLICY));
     }
 
     #[test]
     fn every_provider_has_a_kernel_and_its_extras() {
-        assert!(recipe(OsName::Ubuntu, Provider::Baremetal, Firmware::Efi).contains(&"linux-tools-generic"));
-        assert!(recipe(OsName::Ubuntu, Provider::Vsphere, Firmware::Bios).contains(&"open-vm-tools"));
-        assert!(recipe(OsName::Debian, Provider::Nutanix, Firmware::Bios).contains(&"open-iscsi"));
-        assert!(recipe(OsName::Debian, Provider::Baremetal, Firmware::Efi).contains(&"linux-image-amd64"));
+        let system = |name, version: &str| Os { name, version: version.into() };
+        let (ubuntu, debian) = (system(OsName::Ubuntu, "22.04"), system(OsName::Debian, "12"));
+        assert!(recipe(&ubuntu, Provider::Baremetal, Firmware::Efi).contains(&"linux-tools-generic"));
+        assert!(recipe(&ubuntu, Provider::Vsphere, Firmware::Bios).contains(&"open-vm-tools"));
+        assert!(recipe(&debian, Provider::Nutanix, Firmware::Bios).contains(&"open-iscsi"));
+        assert!(recipe(&debian, Provider::Baremetal, Firmware::Efi).contains(&"linux-image-amd64"));
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use super::tree::{Tree, TreeError, within};
 use crate::{
-    contract::{Classified, FailureClass, Os},
+    contract::{Classified, FailureClass, Os, OsName},
     process::{CommandSpec, ProcessError, Runner},
 };
 
@@ -96,15 +96,19 @@ fn look(tree: &Tree, wanted: &Os) -> Result<(), BaseError> {
         text = text.or(tree.read(path)?);
     }
     let text = text.ok_or(BaseError::NotARoot { missing: "/etc/os-release" })?;
-    for (path, missing) in [("/bin/sh", "/bin/sh"), ("/usr/bin/dpkg", "/usr/bin/dpkg"), ("/sbin/init", "/sbin/init")] {
+    let manager: &[_] = match wanted.name {
+        OsName::Ubuntu | OsName::Debian => &["/usr/bin/dpkg"],
+        OsName::Redhat => &["/usr/bin/rpm", "/usr/bin/dnf"],
+    };
+    for missing in ["/bin/sh"].iter().chain(manager).chain(&["/sbin/init"]) {
         // The links of a whole system lead somewhere.
-        if !tree.path(path).exists() {
+        if !tree.path(missing).exists() {
             return Err(BaseError::NotARoot { missing });
         }
     }
     let found = |key| value(&text, key).unwrap_or_default();
     let (name, version) = (found("ID"), found("VERSION_ID"));
-    if name != wanted.name.to_string() || version != wanted.version {
+    if !is(wanted, &name, &version) {
         let found = format!("{name} {version}").trim().to_owned();
         let found = if found.is_empty() { "a system that does not say what it is".to_owned() } else { found };
         return Err(BaseError::OtherSystem { found, wanted: format!("{} {}", wanted.name, wanted.version) });
@@ -114,6 +118,14 @@ fn look(tree: &Tree, wanted: &Os) -> Result<(), BaseError> {
         tree.make_dir(&format!("/{directory}"), mode)?;
     }
     Ok(())
+}
+
+/// Whether a system that says this of itself is the wanted one. Red Hat's has another name, and says its minor release.
+fn is(wanted: &Os, name: &str, version: &str) -> bool {
+    match wanted.name {
+        OsName::Ubuntu | OsName::Debian => name == wanted.name.to_string() && version == wanted.version,
+        OsName::Redhat => name == "rhel" && version.split('.').next() == Some(wanted.version.as_str()),
+    }
 }
 
 /// The value of a key in os-release(5) format.
@@ -127,7 +139,6 @@ mod tests {
     use rstest::rstest;
 
     use super::*;
-    use crate::contract::OsName;
 
     fn debian() -> Os {
         Os { name: OsName::Debian, version: "12".into() }
@@ -160,6 +171,29 @@ mod tests {
             (Err(error), Some(part)) => assert!(error.to_string().contains(part), "{error}"),
             (result, _) => panic!("{result:?}"),
         }
+    }
+
+    #[rstest]
+    #[case::minor_release("9", "ID=\"rhel\"\nVERSION_ID=\"9.4\"\n", None)]
+    #[case::another_release(
+        "8",
+        "ID=\"rhel\"\nVERSION_ID=\"9.4\"\n",
+        Some("the base is rhel 9.4 and spec.os is redhat 8")
+    )]
+    #[case::rebuild("9", "ID=\"rocky\"\nID_LIKE=\"rhel\"\nVERSION_ID=\"9.4\"\n", Some("the base is rocky 9.4"))]
+    fn a_base_of_red_hat_says_its_minor_release(
+        #[case] version: &str,
+        #[case] text: &str,
+        #[case] refused: Option<&str>,
+    ) {
+        let (_dir, tree) = tree(&[("/bin/sh", ""), ("/usr/bin/rpm", ""), ("/usr/bin/dnf", ""), ("/sbin/init", "")]);
+        tree.write("/etc/os-release", text, 0o644).unwrap();
+        let wanted = Os { name: OsName::Redhat, version: version.into() };
+        let said = look(&tree, &wanted).err().map(|error| error.to_string());
+        assert_eq!(said.is_some(), refused.is_some(), "{said:?}");
+        assert!(refused.is_none_or(|part| said.unwrap_or_default().contains(part)));
+        tree.remove("/usr/bin/dnf").unwrap();
+        assert!(refused.is_some() || look(&tree, &wanted).unwrap_err().to_string().contains("/usr/bin/dnf"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::{image_contract::Expected, packages};
-use crate::contract::{BuildRequest, Firmware, OsName, Provider};
+use crate::contract::{BuildRequest, Firmware, Provider};
 
 /// Contents of etcd's archive in [`request`].
 pub(super) const ETCD: &str = "the archive of etcd";
@@ -40,12 +40,13 @@ pub(crate) fn request() -> BuildRequest {
 
 pub(super) fn expected(provider: Provider) -> Expected {
     let request = request();
+    let packages = packages::recipe(&request.os, provider, Firmware::Efi).into_iter().map(str::to_owned).collect();
     Expected {
         os: request.os,
         provider,
         firmware: request.firmware,
         images: vec![request.release.pause_image.clone()],
         release: Some(request.release),
-        packages: packages::recipe(OsName::Debian, provider, Firmware::Efi).into_iter().map(str::to_owned).collect(),
+        packages,
     }
 }

@@ -1,7 +1,7 @@
 //! Takes everything out of the image that belongs to the build or to one machine (eksa-facts 6.5: sysprep).
 
 use super::{
-    packages,
+    packages, subscription,
     tree::{Tree, TreeError},
 };
 
@@ -15,6 +15,9 @@ const REMOVED: &[&str] = &[
     "/etc/cloud/cloud.cfg.d/curtin-preserve-sources.cfg",
     "/etc/cloud/cloud.cfg.d/subiquity-disable-cloudinit-networking.cfg",
     "/etc/cloud/ds-identify.cfg",
+    "/etc/insights-client/machine-id",
+    // The disks of the machine that the base was installed on; lvm would use no others.
+    "/etc/lvm/devices/system.devices",
     "/etc/pip.conf",
     "/etc/systemd/system/containerd.service.d/http-proxy.conf",
     "/etc/udev/rules.d/70-persistent-net.rules",
@@ -22,6 +25,8 @@ const REMOVED: &[&str] = &[
     "/root/.cache",
     "/root/.ssh",
     "/root/.wget-hsts",
+    "/root/anaconda-ks.cfg",
+    "/root/original-ks.cfg",
     "/swap.img",
     "/swapfile",
     "/var/cache/apt/pkgcache.bin",
@@ -33,19 +38,32 @@ const REMOVED: &[&str] = &[
     // containerd makes another one.
     "/var/lib/containerd/io.containerd.grpc.v1.introspection",
     "/var/lib/dbus/machine-id",
+    // dnf begins a new history.
+    "/var/lib/dnf/history.sqlite",
+    "/var/lib/dnf/history.sqlite-shm",
+    "/var/lib/dnf/history.sqlite-wal",
+    "/var/lib/dnf/repos",
     "/var/lib/dpkg/lock",
     "/var/lib/dpkg/lock-frontend",
+    "/var/lib/rpm/.dbenv.lock",
+    "/var/lib/rpm/.rpm.lock",
+    // SQLite's shared memory.
+    "/var/lib/rpm/rpmdb.sqlite-shm",
     "/var/lib/systemd/random-seed",
     "/var/log/journal",
 ];
 /// These stay and are empty.
 const CLEARED: &[&str] = &[
     "/dev",
+    "/etc/NetworkManager/system-connections",
     "/proc",
     "/run",
     "/sys",
     "/tmp",
     "/var/cache/apt/archives",
+    "/var/cache/dnf",
+    "/var/cache/yum",
+    "/var/lib/NetworkManager",
     "/var/lib/apt/lists",
     "/var/lib/containerd/tmpmounts",
     "/var/tmp",
@@ -53,7 +71,16 @@ const CLEARED: &[&str] = &[
 /// Network configuration in these is that of one machine; programs may stand beside it.
 const NETPLAN: &[&str] = &["/etc/netplan", "/lib/netplan"];
 /// Files that begin so, in these directories, are one machine's own.
-const PREFIXES: &[(&str, &str)] = &[("/etc/ssh", "ssh_host_"), ("/var/lib/dhcp", "dhclient")];
+const PREFIXES: &[(&str, &str)] = &[
+    ("/etc/rhsm/ca", "katello-"),
+    ("/etc/ssh", "ssh_host_"),
+    ("/etc/sysconfig/network-scripts", "ifcfg-"),
+    ("/var/lib/dhcp", "dhclient"),
+    // Berkeley DB's shared memory.
+    ("/var/lib/rpm", "__db."),
+];
+/// What is nobody's own in spite of its name.
+const COMMON: &str = "ifcfg-lo";
 /// Where the resolver's configuration is during the build, and where it is kept until the end.
 const RESOLVER: &str = "/etc/resolv.conf";
 const KEPT_RESOLVER: &str = "/etc/.resolv.conf.image-builder";
@@ -88,11 +115,12 @@ pub(super) fn seal(tree: &Tree) -> Result<(), TreeError> {
     }
     for (directory, prefix) in PREFIXES {
         for name in tree.list(directory)? {
-            if name.starts_with(prefix) {
+            if name.starts_with(prefix) && name != COMMON {
                 tree.remove(&format!("{directory}/{name}"))?;
             }
         }
     }
+    subscription::forget(tree)?;
     for home in tree.list("/home")? {
         for file in [".bash_history", ".ssh/authorized_keys"] {
             tree.remove(&format!("/home/{home}/{file}"))?;
@@ -141,8 +169,26 @@ mod tests {
             "/var/log/apt/term.log.1.gz",
             "/var/log/journal/id/system.journal",
             "/etc/cloud/ds-identify.cfg",
+            "/etc/pki/consumer/key.pem",
+            "/etc/pki/entitlement/123-key.pem",
+            "/etc/yum.repos.d/redhat.repo",
+            "/etc/rhsm/ca/katello-server-ca.pem",
+            "/var/lib/rhsm/cache/entitlement_status.json",
+            "/var/lib/dnf/history.sqlite",
+            "/var/cache/dnf/baseos-0123/repodata/repomd.xml",
+            "/etc/NetworkManager/system-connections/eth0.nmconnection",
+            "/etc/sysconfig/network-scripts/ifcfg-eth0",
+            "/root/anaconda-ks.cfg",
         ];
-        let stays = ["/lib/netplan/generate", "/etc/ssh/sshd_config", "/home/me/data", "/etc/cloud/cloud.cfg"];
+        let stays = [
+            "/lib/netplan/generate",
+            "/etc/ssh/sshd_config",
+            "/home/me/data",
+            "/etc/cloud/cloud.cfg",
+            "/etc/rhsm/ca/redhat-uep.pem",
+            "/etc/sysconfig/network-scripts/ifcfg-lo",
+            "/etc/yum.repos.d/own.repo",
+        ];
         for path in gone.iter().chain(&stays) {
             tree.write(path, "x", 0o600).unwrap();
         }

@@ -51,7 +51,6 @@ const FIXED: &[(&str, u32, &str)] = &[
          ExecStart=\nExecStart=/usr/bin/kubelet $KUBELET_KUBECONFIG_ARGS $KUBELET_CONFIG_ARGS $KUBELET_KUBEADM_ARGS \
          $KUBELET_EXTRA_ARGS\n",
     ),
-    ("/etc/default/kubelet", 0o644, "KUBELET_EXTRA_ARGS=\n"),
     (
         "/etc/profile.d/kubernetes.sh",
         0o644,
@@ -79,7 +78,6 @@ const FIXED: &[(&str, u32, &str)] = &[
     ),
     ("/etc/systemd/system/cloud-config.service.d/boot-order.conf", 0o644, AFTER_CONTAINERD),
     ("/etc/systemd/system/cloud-final.service.d/boot-order.conf", 0o644, AFTER_CONTAINERD),
-    ("/usr/lib/python3/dist-packages/cloudinit/feature_overrides.py", 0o644, USER_DATA_FAILURE),
     (
         "/etc/cloud/cloud.cfg.d/05_logging.cfg",
         0o644,
@@ -95,23 +93,66 @@ const FIXED: &[(&str, u32, &str)] = &[
          log_cfgs:\n - [ *log_base, *log_file ]\n\
          output: {all: '| tee -a /var/log/cloud-init-output.log'}\n",
     ),
+    ("/etc/hosts", 0o644, "127.0.0.1 localhost localhost.local\n::1 localhost ip6-localhost ip6-loopback\n"),
+];
+
+/// Settings of Debian's family.
+const DEBIAN: &[(&str, u32, &str)] = &[
+    ("/etc/default/kubelet", 0o644, KUBELET),
     (
         "/etc/default/grub.d/50-cloudimg-settings.cfg",
         0o644,
         "# Screen and serial console, and no waiting.\nGRUB_RECORDFAIL_TIMEOUT=0\nGRUB_TIMEOUT=0\n\
          GRUB_CMDLINE_LINUX_DEFAULT=\"console=tty1 console=ttyS0\"\nGRUB_TERMINAL=console\n",
     ),
-    ("/etc/hosts", 0o644, "127.0.0.1 localhost localhost.local\n::1 localhost ip6-localhost ip6-loopback\n"),
 ];
 
+/// Settings of Red Hat Enterprise Linux.
+const REDHAT: &[(&str, u32, &str)] = &[
+    ("/etc/sysconfig/kubelet", 0o644, KUBELET),
+    (
+        "/etc/default/grub",
+        0o644,
+        "# Screen and serial console, and no waiting.\nGRUB_TIMEOUT=0\nGRUB_DEFAULT=saved\nGRUB_DISABLE_SUBMENU=true\n\
+         GRUB_DISABLE_RECOVERY=true\nGRUB_ENABLE_BLSCFG=true\nGRUB_TERMINAL=\"console serial\"\n\
+         GRUB_SERIAL_COMMAND=\"serial --speed=115200\"\n\
+         GRUB_CMDLINE_LINUX=\"console=tty1 console=ttyS0 transparent_hugepage=madvise\"\n",
+    ),
+    (
+        "/etc/selinux/config",
+        0o644,
+        "# Files that the build made have no labels.\nSELINUX=permissive\nSELINUXTYPE=targeted\n",
+    ),
+];
+
+/// The kubelet's environment, which `10-kubeadm.conf` reads from either place.
+const KUBELET: &str = "KUBELET_EXTRA_ARGS=\n";
 const AFTER_CONTAINERD: &str =
     "# User data may load images and start the kubelet.\n[Unit]\nAfter=containerd.service\nWants=containerd.service\n";
 const USER_DATA_FAILURE: &str = "ERROR_ON_USER_DATA_FAILURE = False\n";
-/// cloud-init's own switches; the last assignment holds.
-const CLOUD_INIT_FEATURES: &str = "/usr/lib/python3/dist-packages/cloudinit/features.py";
+
+/// Where cloud-init's Python is: beside one version of Python in Red Hat's systems, beside all of them in Debian's.
+pub(super) fn cloud_init(tree: &Tree) -> Result<String, TreeError> {
+    let versions = tree.list("/usr/lib")?.into_iter().filter(|name| name.starts_with("python3."));
+    let mut places = versions.map(|name| format!("/usr/lib/{name}/site-packages/cloudinit"));
+    Ok(places.find(|place| tree.exists(place)).unwrap_or_else(|| "/usr/lib/python3/dist-packages/cloudinit".to_owned()))
+}
 
 /// The system's language.
-const LOCALE: &str = "/etc/default/locale";
+const fn locale(os: OsName) -> &'static str {
+    match os {
+        OsName::Ubuntu | OsName::Debian => "/etc/default/locale",
+        OsName::Redhat => "/etc/locale.conf",
+    }
+}
+
+/// The file of the kubelet's environment.
+pub(super) const fn kubelet_environment(os: OsName) -> &'static str {
+    match os {
+        OsName::Ubuntu | OsName::Debian => "/etc/default/kubelet",
+        OsName::Redhat => "/etc/sysconfig/kubelet",
+    }
+}
 
 /// Kernel parameters of a node.
 const SYSCTLS: &[(&str, &str)] = &[
@@ -147,8 +188,13 @@ fn containerd_config(pause_image: &str) -> String {
 
 /// All files that the contract asks for.
 pub(super) fn settings(request: &BuildRequest) -> Vec<Setting> {
+    let of_system = match request.os.name {
+        OsName::Ubuntu | OsName::Debian => DEBIAN,
+        OsName::Redhat => REDHAT,
+    };
+    let fixed = FIXED.iter().chain(of_system);
     let mut settings: Vec<_> =
-        FIXED.iter().map(|&(path, mode, content)| Setting { path, mode, content: content.to_owned() }).collect();
+        fixed.map(|&(path, mode, content)| Setting { path, mode, content: content.to_owned() }).collect();
     let sysctls: Vec<_> = sysctls(request.os.name).iter().map(|(name, value)| format!("{name} = {value}\n")).collect();
     let release = &request.release;
     let mut add = |path, content| settings.push(Setting { path, mode: 0o644, content });
@@ -187,13 +233,22 @@ pub(super) fn write(tree: &Tree, request: &BuildRequest) -> Result<(), TreeError
         tree.make_dir(directory, 0o755)?;
     }
     // Without one cloud-init generates en_US.UTF-8 at the first start, and fails where the base can not.
-    if tree.read(LOCALE)?.is_none_or(|text| !text.contains("LANG=")) {
-        tree.write(LOCALE, "LANG=C.UTF-8\n", 0o644)?;
+    let locale = locale(request.os.name);
+    if tree.read(locale)?.is_none_or(|text| !text.contains("LANG=")) {
+        tree.write(locale, "LANG=C.UTF-8\n", 0o644)?;
     }
-    if let Some(features) = tree.read(CLOUD_INIT_FEATURES)?
-        && !features.ends_with(USER_DATA_FAILURE)
+    let cloud_init = cloud_init(tree)?;
+    tree.write(&format!("{cloud_init}/feature_overrides.py"), USER_DATA_FAILURE, 0o644)?;
+    // cloud-init's own switches; the last assignment holds.
+    let features = format!("{cloud_init}/features.py");
+    if let Some(text) = tree.read(&features)?
+        && !text.ends_with(USER_DATA_FAILURE)
     {
-        tree.write(CLOUD_INIT_FEATURES, format!("{features}\n{USER_DATA_FAILURE}"), 0o644)?;
+        tree.write(&features, format!("{text}\n{USER_DATA_FAILURE}"), 0o644)?;
+    }
+    // Scripts that Debian's cloud-init has there are called by that name.
+    if request.os.name == OsName::Redhat && !tree.exists("/usr/lib/cloud-init") {
+        tree.link("/usr/lib/cloud-init", "../libexec/cloud-init")?;
     }
     Ok(())
 }
@@ -205,32 +260,61 @@ pub(super) fn has_unit(tree: &Tree, name: &str) -> bool {
         .any(|directory| tree.exists(&format!("{directory}/{name}")))
 }
 
+/// The daemon that sets the clock, and that of SSH, as the system calls them.
+pub(super) const fn daemons(os: OsName) -> [&'static str; 2] {
+    match os {
+        OsName::Ubuntu | OsName::Debian => ["chrony.service", "ssh.service"],
+        OsName::Redhat => ["chronyd.service", "sshd.service"],
+    }
+}
+
+/// What would update packages, or filter packets. Nodes are replaced, not updated in place, and the cluster's network
+/// plugin owns the packet filter.
+const DEBIAN_MASKED: &[&str] = &[
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "apt-daily.service",
+    "apt-daily-upgrade.service",
+    "unattended-upgrades.service",
+    "ufw.service",
+];
+const REDHAT_MASKED: &[&str] = &[
+    "dnf-automatic.timer",
+    "dnf-automatic-install.timer",
+    "dnf-makecache.timer",
+    "dnf-makecache.service",
+    "firewalld.service",
+];
+
 /// Units that the contract speaks about.
-pub(super) fn units(provider: Provider) -> Vec<Unit> {
+pub(super) fn units(os: OsName, provider: Provider) -> Vec<Unit> {
     let mut units = vec![
         Unit::Enabled(&["containerd.service"]),
         Unit::Enabled(&["kubelet.service"]),
         Unit::Enabled(&["auditd.service"]),
-        Unit::Enabled(&["chrony.service"]),
-        Unit::Enabled(&["ssh.service"]),
         Unit::Enabled(&["cloud-init-local.service"]),
         // The second name before cloud-init 24.3.
         Unit::Enabled(&["cloud-init-network.service", "cloud-init.service"]),
         Unit::Enabled(&["cloud-config.service"]),
         Unit::Enabled(&["cloud-final.service"]),
-        // Nodes are replaced, not updated in place.
-        Unit::Masked("apt-daily.timer"),
-        Unit::Masked("apt-daily-upgrade.timer"),
-        Unit::Masked("apt-daily.service"),
-        Unit::Masked("apt-daily-upgrade.service"),
-        Unit::Masked("unattended-upgrades.service"),
-        // The cluster's network plugin owns the packet filter.
-        Unit::Masked("ufw.service"),
     ];
-    match provider {
-        Provider::Baremetal => {}
-        Provider::Vsphere => units.push(Unit::Enabled(&["open-vm-tools.service"])),
-        Provider::Nutanix => units.push(Unit::Enabled(&["iscsid.service"])),
+    let masked = match os {
+        OsName::Ubuntu | OsName::Debian => {
+            units.extend([Unit::Enabled(&["chrony.service"]), Unit::Enabled(&["ssh.service"])]);
+            DEBIAN_MASKED
+        }
+        OsName::Redhat => {
+            let names: [&[_]; 3] = [&["chronyd.service"], &["sshd.service"], &["NetworkManager.service"]];
+            units.extend(names.map(Unit::Enabled));
+            REDHAT_MASKED
+        }
+    };
+    units.extend(masked.iter().copied().map(Unit::Masked));
+    match (provider, os) {
+        (Provider::Baremetal, _) => {}
+        (Provider::Vsphere, OsName::Redhat) => units.push(Unit::Enabled(&["vmtoolsd.service"])),
+        (Provider::Vsphere, _) => units.push(Unit::Enabled(&["open-vm-tools.service"])),
+        (Provider::Nutanix, _) => units.push(Unit::Enabled(&["iscsid.service"])),
     }
     units
 }
@@ -250,12 +334,18 @@ mod tests {
     fn cloud_init_goes_on_after_a_failure_of_user_data() {
         let dir = tempfile::tempdir().unwrap();
         let tree = Tree::at(dir.path());
-        tree.write(CLOUD_INIT_FEATURES, "ERROR_ON_USER_DATA_FAILURE = True\n", 0o644).unwrap();
-        let request = crate::native::sample::request();
-        write(&tree, &request).unwrap();
-        write(&tree, &request).unwrap();
-        let text = tree.read(CLOUD_INIT_FEATURES).unwrap().unwrap();
-        assert_eq!(text.matches("ERROR_ON_USER_DATA_FAILURE = False").count(), 1, "{text}");
+        let mut request = crate::native::sample::request();
+        for (os, features) in [
+            (OsName::Debian, "/usr/lib/python3/dist-packages/cloudinit/features.py"),
+            (OsName::Redhat, "/usr/lib/python3.9/site-packages/cloudinit/features.py"),
+        ] {
+            tree.write(features, "ERROR_ON_USER_DATA_FAILURE = True\n", 0o644).unwrap();
+            request.os.name = os;
+            write(&tree, &request).unwrap();
+            write(&tree, &request).unwrap();
+            let text = tree.read(features).unwrap().unwrap();
+            assert_eq!(text.matches("ERROR_ON_USER_DATA_FAILURE = False").count(), 1, "{text}");
+        }
         assert!(tree.path("/etc/kubernetes/manifests").is_dir());
     }
 }

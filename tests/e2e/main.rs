@@ -18,6 +18,7 @@ mod nutanix;
 #[allow(dead_code, reason = "faults are for the other tests")]
 mod prism;
 mod promises;
+mod redhat;
 #[path = "../it/support"]
 mod support {
     pub mod tls;

@@ -73,7 +73,8 @@ pub struct Packages {
     /// `repositories` are used. Default `false`.
     #[serde(default)]
     pub disable_public_repositories: bool,
-    /// Extra Packages for Enterprise Linux; only for redhat.
+    /// Extra Packages for Enterprise Linux; only for redhat. Default is that they are used, as the EKS Anywhere tool does,
+    /// unless `disablePublicRepositories` is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub epel: Option<Epel>,
 }
@@ -184,9 +185,11 @@ pub struct Source {
         .message("write proxyHostname and proxyPort together, or neither"),
 )]
 pub struct Subscription {
-    /// Secret with the keys `username` and `password`, or `activationKey` and `orgID`.
+    /// Secret with the keys `username` and `password` (and `orgID` for a user of several organizations), or
+    /// `activationKey` and `orgID`.
     pub credentials_secret_ref: SecretReference,
-    /// Host name of a Satellite server, which needs `activationKey` and `orgID`. Default is Red Hat's own service.
+    /// Host name of a Satellite server, which needs `activationKey` and `orgID`. Default is Red Hat's own service. A
+    /// certificate of its own authority has to be in `trustBundle`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "schema::host")]
     pub server_hostname: Option<String>,

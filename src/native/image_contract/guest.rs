@@ -7,8 +7,11 @@ use std::{
 
 use super::{Applies, Level, Promise, Subject};
 use crate::{
-    contract::{Firmware, OsName, Provider, ResolvedRelease},
-    native::settings::{self, Unit},
+    contract::{Firmware, Provider, ResolvedRelease},
+    native::{
+        disk,
+        settings::{self, Unit},
+    },
 };
 
 const fn promise(
@@ -41,19 +44,20 @@ pub(super) const PROMISES: &[Promise] = &[
     }),
     promise(
         "root-partition",
-        "the root file system is ext4 on partition 2 of a GPT, as Tinkerbell's templates expect of Ubuntu",
+        "the root file system is ext4 on partition 2 of a GPT, for redhat on partition 1, as Tinkerbell's templates expect",
         Always,
         "`/proc/mounts` and blkid",
         root_partition,
     ),
     promise(
         "esp",
-        "partition 1 is the EFI system partition",
+        "the other partition, 1 or 2, is the EFI system partition",
         Applies::Firmware(Firmware::Efi),
         "`/proc/mounts`",
-        |_| {
+        |subject| {
             let (device, kind) = mounted("/boot/efi")?;
-            if kind == "vfat" && device.ends_with('1') {
+            let number = 3 - disk::root_number(subject.expected.os.name);
+            if kind == "vfat" && device.ends_with(&number.to_string()) {
                 Ok(())
             } else {
                 Err(format!("/boot/efi is {kind} on {device}"))
@@ -148,7 +152,7 @@ pub(super) const PROMISES: &[Promise] = &[
         says("systemctl", &["is-enabled", "kubelet.service"], "enabled")
     }),
     promise("services", "the services of a node are enabled", Always, "`systemctl is-enabled`", |subject| {
-        let failed: Vec<_> = settings::units(subject.expected.provider)
+        let failed: Vec<_> = settings::units(subject.expected.os.name, subject.expected.provider)
             .into_iter()
             .filter_map(|unit| match unit {
                 Unit::Enabled(names) => enabled(names).err(),
@@ -157,9 +161,10 @@ pub(super) const PROMISES: &[Promise] = &[
             .collect();
         if failed.is_empty() { Ok(()) } else { Err(failed.join(", ")) }
     }),
-    promise("services-run", "containerd, auditd, chrony and ssh run", Always, "`systemctl is-active`", |_| {
-        let failed: Vec<_> = ["containerd.service", "auditd.service", "chrony.service", "ssh.service"]
+    promise("services-run", "containerd, auditd, chrony and ssh run", Always, "`systemctl is-active`", |subject| {
+        let failed: Vec<_> = ["containerd.service", "auditd.service"]
             .into_iter()
+            .chain(settings::daemons(subject.expected.os.name))
             .filter_map(|unit| says("systemctl", &["is-active", unit], "active").err())
             .collect();
         if failed.is_empty() { Ok(()) } else { Err(failed.join(", ")) }
@@ -313,8 +318,8 @@ fn mounted(place: &str) -> Result<(String, String), String> {
 
 fn root_partition(subject: &Subject<'_>) -> Result<(), String> {
     let (device, kind) = mounted("/")?;
-    let number = if subject.expected.os.name == OsName::Redhat { '1' } else { '2' };
-    if kind != "ext4" || !device.ends_with(number) {
+    let number = disk::root_number(subject.expected.os.name).to_string();
+    if kind != "ext4" || !device.ends_with(&number) {
         return Err(format!("/ is {kind} on {device}"));
     }
     let disk = device.trim_end_matches(|c: char| c.is_ascii_digit());

@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::tree::Tree;
-use crate::contract::{Firmware, Os, Provider, ResolvedRelease};
+use crate::contract::{Firmware, Os, OsName, Provider, ResolvedRelease};
 
 /// What stands before the report on the guest's serial port.
 const REPORT_MARK: &str = "image-builder-report: ";
@@ -71,11 +71,17 @@ pub enum Applies {
     KnownRelease,
     Provider(Provider),
     Firmware(Firmware),
+    /// Ubuntu and Debian.
+    Debian,
+    Redhat,
 }
 
 impl Applies {
     fn to(self, expected: &Expected) -> bool {
+        let redhat = expected.os.name == OsName::Redhat;
         match self {
+            Self::Debian => !redhat,
+            Self::Redhat => redhat,
             Self::Always => true,
             Self::KnownRelease => expected.release.is_some(),
             Self::Provider(provider) => expected.provider == provider,
@@ -89,6 +95,8 @@ impl Applies {
             Self::Provider(provider) => provider.to_string(),
             Self::Firmware(Firmware::Efi) => "firmware efi".to_owned(),
             Self::Firmware(Firmware::Bios) => "firmware bios".to_owned(),
+            Self::Debian => "ubuntu, debian".to_owned(),
+            Self::Redhat => "redhat".to_owned(),
         }
     }
 }

@@ -6,8 +6,11 @@ use sha2::{Digest, Sha256};
 
 use super::{Applies, Level, Promise, Subject};
 use crate::{
-    contract::{Firmware, Provider, ResolvedRelease},
-    native::artifacts::{CNI_DIR, etcd_archive},
+    contract::{Firmware, OsName, Provider, ResolvedRelease},
+    native::{
+        artifacts::{CNI_DIR, etcd_archive},
+        bootloader, dnf, settings, subscription,
+    },
 };
 
 const fn promise(
@@ -75,7 +78,7 @@ pub(super) const PROMISES: &[Promise] = &[
             contains(subject, "/usr/lib/systemd/system/kubelet.service", "ExecStart=/usr/bin/kubelet")?;
             let drop_in = "/usr/lib/systemd/system/kubelet.service.d/10-kubeadm.conf";
             contains(subject, drop_in, "/var/lib/kubelet/kubeadm-flags.env")?;
-            contains(subject, "/etc/default/kubelet", "KUBELET_EXTRA_ARGS")
+            contains(subject, settings::kubelet_environment(subject.expected.os.name), "KUBELET_EXTRA_ARGS")
         },
     ),
     promise("static-pods", "`/etc/kubernetes/manifests` is there", Always, "a directory", |subject| {
@@ -122,28 +125,96 @@ pub(super) const PROMISES: &[Promise] = &[
             executable(subject, "/usr/local/bin/etcd-network-tuning.sh")
         },
     ),
-    promise("packages", "the packages of the recipe are installed", Always, "dpkg's status", packages_installed),
+    promise(
+        "packages",
+        "the packages of the recipe are installed",
+        Applies::Debian,
+        "dpkg's status",
+        packages_installed,
+    ),
     promise(
         "packages-held",
         "no package changes on a node by itself",
-        Always,
+        Applies::Debian,
         "every package is on hold",
         packages_held,
+    ),
+    promise(
+        "packages-excluded",
+        "the packages of the recipe are installed, and none changes on a node by itself",
+        Applies::Redhat,
+        "dnf's list of packages that it leaves out of updates, which is made from rpm's database",
+        packages_excluded,
     ),
     promise(
         "no-automatic-updates",
         "nodes are replaced, not updated in place",
         Always,
-        "apt's timers and unattended-upgrades are masked",
+        "apt's timers and unattended-upgrades, or dnf's timers, are masked",
         |subject| {
-            each(&["apt-daily.timer", "apt-daily-upgrade.timer", "unattended-upgrades.service"], |unit| {
-                masked(subject, unit)
+            let units: &[_] = match subject.expected.os.name {
+                OsName::Ubuntu | OsName::Debian => {
+                    &["apt-daily.timer", "apt-daily-upgrade.timer", "unattended-upgrades.service"]
+                }
+                OsName::Redhat => &["dnf-automatic.timer", "dnf-automatic-install.timer", "dnf-makecache.timer"],
+            };
+            each(units, |unit| masked(subject, unit))
+        },
+    ),
+    promise(
+        "no-firewall",
+        "the network plugin owns the packet filter",
+        Always,
+        "ufw, or firewalld, is masked",
+        |subject| masked(subject, if is_redhat(subject) { "firewalld.service" } else { "ufw.service" }),
+    ),
+    promise("selinux-permissive", "SELinux refuses nothing", Applies::Redhat, "`/etc/selinux/config`", |subject| {
+        contains(subject, "/etc/selinux/config", "\nSELINUX=permissive\n")
+    }),
+    promise(
+        "initramfs-drivers",
+        "the initial RAM disk is made for any machine, those of QEMU, vSphere and Nutanix among them",
+        Applies::Redhat,
+        "dracut's configuration",
+        |subject| {
+            contains(subject, dnf::DRACUT, "hostonly=\"no\"")?;
+            each(&["virtio_scsi", "vmw_pvscsi", "vmxnet3"], |driver| contains(subject, dnf::DRACUT, driver))
+        },
+    ),
+    promise(
+        "boot-loader-entries",
+        "GRUB's tools know every kernel by an entry that names the image's disk",
+        Applies::Redhat,
+        "`/boot/loader/entries`, GRUB's configuration",
+        boot_loader_entries,
+    ),
+    promise(
+        "no-subscription",
+        "nothing of the build's subscription is left",
+        Applies::Redhat,
+        "no identity, no entitlement, no package source of it",
+        |subject| {
+            absent(subject, subscription::REPOSITORIES)?;
+            each(subscription::OWN, |directory| {
+                match subject.tree.files_below(directory).map_err(|error| error.to_string())?.first() {
+                    Some(file) => Err(format!("there is {file}")),
+                    None => Ok(()),
+                }
             })
         },
     ),
-    promise("no-firewall", "the network plugin owns the packet filter", Always, "ufw is masked", |subject| {
-        masked(subject, "ufw.service")
-    }),
+    promise(
+        "no-connections",
+        "no network configuration competes with the node's own",
+        Applies::Redhat,
+        "no connections of NetworkManager, no scripts of interfaces",
+        |subject| {
+            nothing_like(subject, "/etc/NetworkManager/system-connections", |_| true)?;
+            nothing_like(subject, "/etc/sysconfig/network-scripts", |name| {
+                name.starts_with("ifcfg-") && name != "ifcfg-lo"
+            })
+        },
+    ),
     promise(
         "cloud-init-ec2",
         "cloud-init can read the Ec2 metadata that Tinkerbell serves",
@@ -157,8 +228,8 @@ pub(super) const PROMISES: &[Promise] = &[
         Always,
         "its switch `ERROR_ON_USER_DATA_FAILURE`",
         |subject| {
-            let path = "/usr/lib/python3/dist-packages/cloudinit/feature_overrides.py";
-            contains(subject, path, "ERROR_ON_USER_DATA_FAILURE = False")
+            let directory = settings::cloud_init(subject.tree).map_err(|error| error.to_string())?;
+            contains(subject, &format!("{directory}/feature_overrides.py"), "ERROR_ON_USER_DATA_FAILURE = False")
         },
     ),
     promise(
@@ -192,7 +263,7 @@ pub(super) const PROMISES: &[Promise] = &[
     promise(
         "no-netplan",
         "no network configuration competes with the node's own",
-        Always,
+        Applies::Debian,
         "no netplan files",
         |subject| {
             each(&["/etc/netplan", "/lib/netplan"], |directory| {
@@ -230,8 +301,12 @@ pub(super) const PROMISES: &[Promise] = &[
         "no-package-lists",
         "no package lists and archives take room",
         Always,
-        "apt's directories are empty",
+        "the directories of apt, or of dnf, are empty",
         |subject| {
+            if is_redhat(subject) {
+                nothing_like(subject, "/var/cache/dnf", |_| true)?;
+                return nothing_like(subject, "/var/cache/yum", |_| true);
+            }
             nothing_like(subject, "/var/lib/apt/lists", |_| true)?;
             nothing_like(subject, "/var/cache/apt/archives", |name| has_extension(name, "deb"))
         },
@@ -260,9 +335,12 @@ pub(super) const PROMISES: &[Promise] = &[
         Always,
         "GRUB's configuration and its defaults",
         |subject| {
-            contains(subject, "/boot/grub/grub.cfg", "console=tty1 console=ttyS0")?;
-            contains(subject, "/boot/grub/grub.cfg", "set timeout=0")?;
-            contains(subject, "/etc/default/grub.d/50-cloudimg-settings.cfg", "GRUB_TIMEOUT=0")
+            let configuration = grub_configuration(subject);
+            contains(subject, &configuration, "console=tty1 console=ttyS0")?;
+            contains(subject, &configuration, "set timeout=0")?;
+            let redhat = is_redhat(subject);
+            let defaults = if redhat { "/etc/default/grub" } else { "/etc/default/grub.d/50-cloudimg-settings.cfg" };
+            contains(subject, defaults, "GRUB_TIMEOUT=0")
         },
     ),
     promise(
@@ -271,7 +349,7 @@ pub(super) const PROMISES: &[Promise] = &[
         Applies::Firmware(Firmware::Efi),
         "the packages' files",
         |subject| {
-            each(&["/usr/lib/shim/shimx64.efi.signed", "/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"], |path| {
+            each(&bootloader::signed_files(subject.expected.os.name), |path| {
                 if subject.tree.path(path).exists() { Ok(()) } else { Err(format!("there is no {path}")) }
             })
         },
@@ -423,8 +501,44 @@ fn packages_held(subject: &Subject<'_>) -> Result<(), String> {
     }
 }
 
+fn is_redhat(subject: &Subject<'_>) -> bool {
+    subject.expected.os.name == OsName::Redhat
+}
+
+fn grub_configuration(subject: &Subject<'_>) -> String {
+    format!("{}/grub.cfg", bootloader::grub_dir(subject.expected.os.name))
+}
+
+fn packages_excluded(subject: &Subject<'_>) -> Result<(), String> {
+    let text = read(subject, dnf::CONFIGURATION)?;
+    let excluded = text.lines().find_map(|line| line.strip_prefix(dnf::EXCLUDED)).unwrap_or_default();
+    each(&subject.expected.packages, |wanted| {
+        let listed = excluded.split(' ').any(|name| name == wanted);
+        if listed { Ok(()) } else { Err(format!("{wanted} is not installed, or may be updated")) }
+    })
+}
+
+fn boot_loader_entries(subject: &Subject<'_>) -> Result<(), String> {
+    let names = subject.tree.list(bootloader::ENTRIES).map_err(|error| error.to_string())?;
+    if names.is_empty() {
+        return Err(format!("there is nothing in {}", bootloader::ENTRIES));
+    }
+    let started = read(subject, &grub_configuration(subject))?;
+    each(&names, |name| {
+        let path = format!("{}/{name}", bootloader::ENTRIES);
+        let entry = read(subject, &path)?;
+        let options = entry.lines().find_map(|line| line.strip_prefix("options ")).unwrap_or_default();
+        if !options.is_empty() && started.contains(options) {
+            Ok(())
+        } else {
+            Err(format!("{path} has not the options that the image starts with"))
+        }
+    })
+}
+
 fn ec2_possible(subject: &Subject<'_>) -> Result<(), String> {
-    let source = "/usr/lib/python3/dist-packages/cloudinit/sources/DataSourceEc2.py";
+    let directory = settings::cloud_init(subject.tree).map_err(|error| error.to_string())?;
+    let source = &format!("{directory}/sources/DataSourceEc2.py");
     if !subject.tree.exists(source) {
         return Err(format!("there is no {source}"));
     }
@@ -444,6 +558,7 @@ fn ec2_possible(subject: &Subject<'_>) -> Result<(), String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::contract::Os;
     use crate::native::{
         image_contract::{Expected, check},
         sample,
@@ -456,6 +571,7 @@ mod tests {
         let tree = Tree::at(dir.path());
         let mut request = sample::request();
         request.provider = expected.provider;
+        request.os = expected.os.clone();
         crate::native::settings::write(&tree, &request).unwrap();
         for path in PROGRAMS {
             tree.write(path, "program", 0o755).unwrap();
@@ -471,7 +587,7 @@ mod tests {
             expected.packages.iter().map(|name| format!("Package: {name}\nStatus: hold ok installed\n")).collect();
         let status = records.join("\n");
         tree.write("/var/lib/dpkg/status", status, 0o644).unwrap();
-        for unit in crate::native::settings::units(expected.provider) {
+        for unit in crate::native::settings::units(expected.os.name, expected.provider) {
             if let crate::native::settings::Unit::Masked(unit) = unit {
                 tree.link(&format!("/etc/systemd/system/{unit}"), "/dev/null").unwrap();
             }
@@ -489,7 +605,25 @@ mod tests {
         tree.write("/etc/machine-id", "", 0o444).unwrap();
         tree.write("/var/log/dpkg.log", "", 0o644).unwrap();
         tree.write("/boot/grub/grub.cfg", "set timeout=0\nlinux x console=tty1 console=ttyS0\n", 0o600).unwrap();
+        if expected.os.name == OsName::Redhat {
+            redhat(&tree, expected);
+        }
         (dir, tree)
+    }
+
+    /// What a tree of Red Hat's has beside that.
+    fn redhat(tree: &Tree, expected: &Expected) {
+        let version = "5.14.0-427.el9.x86_64";
+        for path in [format!("/boot/vmlinuz-{version}"), format!("/boot/initramfs-{version}.img")] {
+            tree.write(&path, "x", 0o600).unwrap();
+        }
+        for name in ["shimx64", "grubx64", "mmx64"] {
+            tree.write(&format!("/boot/efi/EFI/redhat/{name}.efi"), "x", 0o700).unwrap();
+        }
+        bootloader::configure(tree, OsName::Redhat, uuid::Uuid::nil(), None).unwrap();
+        tree.write("/etc/fstab", "UUID=x / ext4 defaults 0 1\n", 0o644).unwrap();
+        dnf::prepare(tree).unwrap();
+        tree.write(dnf::CONFIGURATION, format!("[main]\nexclude={}\n", expected.packages.join(" ")), 0o644).unwrap();
     }
 
     fn failures(tree: &Tree, expected: &Expected) -> Vec<String> {
@@ -501,7 +635,8 @@ mod tests {
     }
 
     /// One way to break each promise, and nothing else.
-    fn break_promise(id: &str, tree: &Tree) {
+    fn break_promise(id: &str, tree: &Tree, os: OsName) {
+        let redhat = os == OsName::Redhat;
         let replace = |path: &str, from: &str, to: &str| {
             let text = tree.read(path).unwrap().unwrap();
             assert!(text.contains(from), "{path} does not contain {from}");
@@ -521,7 +656,7 @@ mod tests {
             ),
             "containerd-no-proxy" => add("/etc/systemd/system/containerd.service.d/http-proxy.conf"),
             "crictl-config" => replace("/etc/crictl.yaml", "containerd.sock", "crio.sock"),
-            "kubelet-unit" => tree.remove("/etc/default/kubelet").unwrap(),
+            "kubelet-unit" => tree.remove(settings::kubelet_environment(os)).unwrap(),
             "static-pods" => tree.remove("/etc/kubernetes/manifests").unwrap(),
             "kubernetes-version" => replace("/etc/kubernetes-version", "v1.", "v0."),
             "shell-completion" => tree.remove("/usr/share/bash-completion/completions/kubeadm").unwrap(),
@@ -536,8 +671,19 @@ mod tests {
             "packages-held" => {
                 replace("/var/lib/dpkg/status", "Package: jq\nStatus: hold ok", "Package: jq\nStatus: install ok");
             }
+            "packages-excluded" => replace(dnf::CONFIGURATION, " kernel", ""),
+            "no-automatic-updates" if redhat => add("/etc/systemd/system/dnf-makecache.timer"),
             "no-automatic-updates" => add("/etc/systemd/system/apt-daily.timer"),
+            "no-firewall" if redhat => tree.remove("/etc/systemd/system/firewalld.service").unwrap(),
             "no-firewall" => tree.remove("/etc/systemd/system/ufw.service").unwrap(),
+            "selinux-permissive" => replace("/etc/selinux/config", "permissive", "enforcing"),
+            "initramfs-drivers" => replace(dnf::DRACUT, "vmw_pvscsi", ""),
+            "boot-loader-entries" => {
+                let name = tree.list(bootloader::ENTRIES).unwrap().remove(0);
+                replace(&format!("{}/{name}", bootloader::ENTRIES), "root=UUID=", "root=/dev/sda");
+            }
+            "no-subscription" => add("/etc/pki/entitlement/1-key.pem"),
+            "no-connections" => add("/etc/NetworkManager/system-connections/eth0.nmconnection"),
             "cloud-init-ec2" => replace("/etc/cloud/cloud.cfg", "Ec2, ", ""),
             "cloud-init-failures" => {
                 replace("/usr/lib/python3/dist-packages/cloudinit/feature_overrides.py", "False", "True");
@@ -549,11 +695,14 @@ mod tests {
             "no-authorized-keys" => add("/home/someone/.ssh/authorized_keys"),
             "no-build-user" => replace("/etc/passwd", "root:", "builder:x:1000:1000::/home/builder:/bin/bash\nroot:"),
             "no-machine-id" => tree.write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n", 0o444).unwrap(),
+            "no-package-lists" if redhat => add("/var/cache/dnf/baseos.solv"),
             "no-package-lists" => add("/var/lib/apt/lists/archive_Packages"),
             "no-logs" => add("/var/log/dpkg.log"),
             "no-build-settings" => add("/usr/sbin/policy-rc.d"),
-            "console" => replace("/boot/grub/grub.cfg", "console=ttyS0", "quiet"),
-            "signed-boot-chain" => tree.remove("/usr/lib/shim/shimx64.efi.signed").unwrap(),
+            "console" => {
+                replace(&format!("{}/grub.cfg", bootloader::grub_dir(os)), "set timeout=0", "set timeout=5");
+            }
+            "signed-boot-chain" => tree.remove(bootloader::signed_files(os)[1]).unwrap(),
             "open-vm-tools-nics" => tree.remove("/etc/vmware-tools/tools.conf").unwrap(),
             "nutanix-disk-timeout" => tree.remove("/etc/udev/rules.d/99-nutanix-scsi-timeout.rules").unwrap(),
             id => panic!("nothing here breaks {id}: add it"),
@@ -562,14 +711,18 @@ mod tests {
 
     #[test]
     fn every_broken_promise_is_found_and_no_other() {
-        for provider in [Provider::Baremetal, Provider::Vsphere, Provider::Nutanix] {
-            let expected = sample::expected(provider);
-            let (_dir, tree) = good(&expected);
-            assert_eq!(failures(&tree, &expected), Vec::<String>::new());
-            for promise in PROMISES.iter().filter(|promise| promise.applies_to.to(&expected)) {
+        for (os, version) in [(OsName::Debian, "12"), (OsName::Redhat, "9")] {
+            for provider in [Provider::Baremetal, Provider::Vsphere, Provider::Nutanix] {
+                let expected = Expected { os: Os { name: os, version: version.into() }, ..sample::expected(provider) };
+                let packages = crate::native::packages::recipe(&expected.os, provider, expected.firmware);
+                let expected = Expected { packages: packages.into_iter().map(str::to_owned).collect(), ..expected };
                 let (_dir, tree) = good(&expected);
-                break_promise(promise.id, &tree);
-                assert_eq!(failures(&tree, &expected), [promise.id]);
+                assert_eq!(failures(&tree, &expected), Vec::<String>::new());
+                for promise in PROMISES.iter().filter(|promise| promise.applies_to.to(&expected)) {
+                    let (_dir, tree) = good(&expected);
+                    break_promise(promise.id, &tree, os);
+                    assert_eq!(failures(&tree, &expected), [promise.id]);
+                }
             }
         }
     }
