@@ -7,7 +7,12 @@ mod provider;
 mod sbom;
 mod workspace;
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -19,14 +24,15 @@ use self::{
 };
 use crate::{
     contract::{
-        BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, FailureClass, FailureReport,
+        BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, Engine, FailureClass, FailureReport,
         ImageReport, PublishTarget, Stage,
     },
     error::Chain,
     fetch::{FetchError, Fetcher},
     http::{self, HttpError},
+    imagebuilder::{self, ImageBuilder, ImageBuilderError},
     native::{
-        Fetched, Native, NativeError,
+        Assembled, Fetched, Native, NativeError,
         accelerator::{self, AcceleratorError, Virtualization},
     },
     package::{Format, ImageSource},
@@ -41,6 +47,8 @@ use crate::{
 pub struct Environment {
     /// Directory for everything the build writes.
     pub work_dir: PathBuf,
+    /// The directory of kubernetes-sigs/image-builder, for builds of the engine `ImageBuilder`.
+    pub upstream: PathBuf,
     pub reporter: Reporter,
     pub redactor: Redactor,
     pub credentials: Credentials,
@@ -63,6 +71,8 @@ enum BuildError {
     Fetch(#[from] FetchError),
     #[error(transparent)]
     Native(#[from] NativeError),
+    #[error(transparent)]
+    ImageBuilder(#[from] ImageBuilderError),
     #[error(transparent)]
     Publish(#[from] PublishError),
     #[error(transparent)]
@@ -87,6 +97,7 @@ impl BuildError {
             Self::Accelerator(error) => error,
             Self::Fetch(error) => error,
             Self::Native(error) => error,
+            Self::ImageBuilder(error) => error,
             Self::Publish(error) => error,
             Self::Vsphere(error) => error,
             Self::Nutanix(error) => error,
@@ -209,10 +220,28 @@ impl Build<'_> {
         let (reporter, credentials, cancel, import) = (reporter.clone(), credentials.clone(), cancel.clone(), *import);
         let runner = Runner::new(redactor.clone(), cancel.clone());
         let native = Native::new(request, workspace.dir(), runner.clone(), reporter.clone());
+        let upstream = self.environment.upstream.clone();
+        let image_builder = match &request.engine {
+            Engine::Native => None,
+            Engine::ImageBuilder(settings) => Some(ImageBuilder {
+                request,
+                settings: settings.as_ref(),
+                upstream: &upstream,
+                dir: workspace.dir(),
+                cache: workspace.cache(),
+                runner: runner.clone(),
+                redactor: redactor.clone(),
+                credentials: credentials.clone(),
+                reporter: reporter.clone(),
+            }),
+        };
 
         let prepare = async {
             reporter.report(Stage::Prepare, 0.0, "looking at the node");
-            native.check()?;
+            match &image_builder {
+                None => native.check()?,
+                Some(image_builder) => image_builder.check()?,
+            }
             let trust_bundle = trust_bundle(request)?;
             let client = http::client(&request.proxy, trust_bundle.as_deref())?;
             let uploads = publish::upload_client(&request.proxy, trust_bundle.as_deref())?;
@@ -223,8 +252,9 @@ impl Build<'_> {
                 provider.preflight(request).await?;
             }
             let virtualization = match request.verify.boot {
-                BootVerification::Never => None,
-                BootVerification::Required | BootVerification::WhenAccelerated => {
+                // The other engine builds in a machine.
+                BootVerification::Never if image_builder.is_none() => None,
+                BootVerification::Never | BootVerification::Required | BootVerification::WhenAccelerated => {
                     Some(accelerator::probe(request.verify.accelerator, workspace.dir(), &runner).await?)
                 }
             };
@@ -232,25 +262,19 @@ impl Build<'_> {
         };
         let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
 
-        let fetch = async {
-            reporter.report(Stage::Fetch, 0.0, "downloading");
-            let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
-            let wanted = Fetched::wanted(&request.release);
-            let (base, files) =
-                tokio::try_join!(fetcher.fetch_base(&request.base, |_, _| {}), fetcher.fetch_all(&wanted, &reporter))?;
-            Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
+        let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
+        let (assembled, base_digest) = match &image_builder {
+            None => self.assemble(&native, &fetcher, &reporter, &workspace.cache()).await?,
+            Some(image_builder) => {
+                let virtualization = virtualization.ok_or(BuildError::Inconsistent)?;
+                self.run_packer(image_builder, &fetcher, &reporter, virtualization).await?
+            }
         };
-        let ((base, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
-
-        let cache = workspace.cache();
-        let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
-        let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
-        let assembled = self.stage(Stage::Assemble, native.assemble(expected)).await?;
 
         let verify = async {
             let program = std::env::current_exe().map_err(BuildError::Program)?;
             Ok::<_, BuildError>(match (virtualization, request.verify.boot) {
-                (None, _) => "not booted, because spec.verify.boot is Never".to_owned(),
+                (None, _) | (_, BootVerification::Never) => "not booted, because spec.verify.boot is Never".to_owned(),
                 (Some(Virtualization::Software), BootVerification::WhenAccelerated) => {
                     "not booted, because KVM runs no guest on the node".to_owned()
                 }
@@ -281,6 +305,64 @@ impl Build<'_> {
         reporter.report(Stage::Publish, 1.0, "published");
         Ok(BuildOutcome { image, verification, stage_seconds: self.stage_seconds.clone() })
     }
+
+    /// The stages of the engine `Native` between the first look and the finished disk.
+    async fn assemble(
+        &mut self,
+        native: &Native<'_>,
+        fetcher: &Fetcher,
+        reporter: &Reporter,
+        cache: &Path,
+    ) -> Result<(Assembled, Option<String>), BuildError> {
+        let request = self.request;
+        let fetch = async {
+            reporter.report(Stage::Fetch, 0.0, "downloading");
+            let base = request.base.as_ref().ok_or(BuildError::Inconsistent)?;
+            let wanted = Fetched::wanted(&request.release);
+            let (base, files) =
+                tokio::try_join!(fetcher.fetch_base(base, |_, _| {}), fetcher.fetch_all(&wanted, reporter))?;
+            Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
+        };
+        let ((base, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
+        let installed = self.stage(Stage::Install, native.install(&base, &fetched, cache)).await?;
+        let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
+        Ok((self.stage(Stage::Assemble, native.assemble(expected)).await?, Some(base_digest)))
+    }
+
+    /// The same of the engine `ImageBuilder`. Packer tells when its stages begin.
+    async fn run_packer(
+        &mut self,
+        engine: &ImageBuilder<'_>,
+        fetcher: &Fetcher,
+        reporter: &Reporter,
+        virtualization: Virtualization,
+    ) -> Result<(Assembled, Option<String>), BuildError> {
+        let request = self.request;
+        let fetch = async {
+            reporter.report(Stage::Fetch, 0.0, "downloading");
+            let medium = async {
+                match &request.base {
+                    Some(base) => fetcher.fetch_base(base, |_, _| {}).await.map(Some),
+                    None => Ok(None),
+                }
+            };
+            let plugins = &request.release.cni_plugins.artifact;
+            let (medium, cni_plugins) = tokio::try_join!(medium, fetcher.fetch(plugins, |_, _| {}))?;
+            Ok::<_, BuildError>(imagebuilder::Fetched { medium, cni_plugins })
+        };
+        let fetched = self.stage(Stage::Fetch, fetch).await?;
+        let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, virtualization))).await;
+        let made = made.inspect_err(|error| {
+            if let BuildError::ImageBuilder(error) = error {
+                self.stage = error.stage().unwrap_or(self.stage);
+            }
+        })?;
+        self.stage_seconds.remove(&Stage::Install);
+        for (stage, took) in made.took {
+            *self.stage_seconds.entry(stage).or_default() += (took.as_secs_f64() * 10.0).round() / 10.0;
+        }
+        Ok((made.assembled, made.base_digest))
+    }
 }
 
 /// The file for the targets. What goes into a person's directory is raw where Prism Central gets qcow2: as the EKS Anywhere
@@ -299,7 +381,7 @@ fn image_report(
     file: &ImageSource,
     provided: Option<Provided>,
     published: Vec<Published>,
-    base_digest: String,
+    base_digest: Option<String>,
 ) -> Option<ImageReport> {
     let first = published.first().map(|one| one.summary.clone());
     let format = if first.is_some() { file.format() } else { source.format() };

@@ -85,10 +85,10 @@ pub(super) struct Subject<'s> {
     pub sha256: &'s str,
 }
 
-/// The statement. `base_digest` is that of the base, as `sha256:...` or `sha512:...`.
+/// The statement. `base_digest` is that of the base, as `sha256:...` or `sha512:...`, where it is known.
 pub(super) fn document(
     request: &BuildRequest,
-    base_digest: &str,
+    base_digest: Option<&str>,
     subject: Subject<'_>,
     started_on: Timestamp,
     finished_on: Timestamp,
@@ -113,6 +113,7 @@ pub(super) fn document(
         .collect();
     let external_parameters = json!({
         "os": os, "provider": provider, "firmware": firmware, "diskSizeMib": disk_size_mib, "verify": verify,
+        "engine": if request.engine.is_native() { "Native" } else { "ImageBuilder" },
         "releaseChannel": release.channel, "eksaRelease": release.eksa_version, "eksdRelease": release.eksd_name,
         "packages": {
             "install": packages.install,
@@ -122,19 +123,23 @@ pub(super) fn document(
         "files": files,
     });
     let sha256 = |digest: &str| BTreeMap::from([("sha256", digest.to_owned())]);
-    let (kind, digest) = base_digest.split_once(':').unwrap_or_default();
-    let kind = if kind == "sha512" { "sha512" } else { "sha256" };
-    let mut dependencies = vec![Resource {
-        name: "base".to_owned(),
-        uri: Some(shown(&request.base.url)),
-        digest: BTreeMap::from([(kind, digest.to_owned())]),
-    }];
-    if let BaseChecksum::Sha256Sums(url) = &request.base.checksum {
+    let mut dependencies = vec![];
+    if let Some(base) = &request.base {
+        let digest = base_digest
+            .and_then(|digest| digest.split_once(':'))
+            .map(|(kind, digest)| (if kind == "sha512" { "sha512" } else { "sha256" }, digest.to_owned()));
         dependencies.push(Resource {
-            name: "base checksums".to_owned(),
-            uri: Some(shown(url)),
-            digest: BTreeMap::new(),
+            name: "base".to_owned(),
+            uri: Some(shown(&base.url)),
+            digest: digest.into_iter().collect(),
         });
+        if let BaseChecksum::Sha256Sums(url) = &base.checksum {
+            dependencies.push(Resource {
+                name: "base checksums".to_owned(),
+                uri: Some(shown(url)),
+                digest: BTreeMap::new(),
+            });
+        }
     }
     dependencies.extend(Fetched::wanted(release).into_iter().map(|artifact| Resource {
         name: artifact.name.clone(),
@@ -178,7 +183,7 @@ mod tests {
     #[test]
     fn names_inputs_by_digest_and_no_secret() {
         let mut request = sample::request();
-        request.base.url = "https://user:canary@mirror/base.tar.xz?signature=canary".parse().unwrap();
+        request.base.as_mut().unwrap().url = "https://user:canary@mirror/base.tar.xz?signature=canary".parse().unwrap();
         request.packages.repositories.insert("own".into(), "deb https://user:canary@own ./".into());
         let file = |path: &str, content| ExtraFile {
             path: path.into(),
@@ -194,7 +199,7 @@ mod tests {
         let subject = Subject { file_name: "debian-12-kube-1-34.gz", sha256: &"b".repeat(64) };
         let time = |text: &str| text.parse().unwrap();
         let (started, finished) = (time("2026-01-02T03:04:05Z"), time("2026-01-02T03:14:05Z"));
-        let text = document(&request, &format!("sha512:{}", "c".repeat(128)), subject, started, finished);
+        let text = document(&request, Some(&format!("sha512:{}", "c".repeat(128))), subject, started, finished);
         assert!(!String::from_utf8_lossy(&text).contains("canary"));
 
         let statement: Value = serde_json::from_slice(&text).unwrap();

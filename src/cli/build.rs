@@ -30,6 +30,7 @@ use super::{
     user_namespace::{self, Privileges},
 };
 use crate::{
+    api::v1alpha1::Engine,
     build::{self, Environment},
     contract::{
         BaseChecksum, BuildIdentity, BuildOutcome, BuildReport, BuildRequest, Classified, ExtraFile, FailureClass,
@@ -40,7 +41,7 @@ use crate::{
         validate,
     },
     fetch::FetchError,
-    http,
+    http, imagebuilder,
     release::{PRODUCTION_MANIFEST_URL, ReleaseQuery, Resolver, archive},
     secret::{Credentials, Redactor},
 };
@@ -153,6 +154,12 @@ fn prepare(options: &Options) -> Result<Plan, Failure> {
         tracing::warn!("{warning}");
     }
     validate::supported(&translation.spec).map_err(UsageError::Refused)?;
+    if translation.spec.engine == Engine::ImageBuilder {
+        let what = "an installation medium or Ansible roles, so engine: ImageBuilder, on this machine";
+        let instead = "that engine runs in upstream's own container image; `image-builder manifest` with the same flags prints \
+                       the NodeImageBuild that asks an operator for it, or name a root file system archive in iso_url";
+        return Err(UsageError::not_supported(what, instead).into());
+    }
     if translation.ending.import {
         can_import(&translation)?;
     }
@@ -242,6 +249,7 @@ async fn build_here(options: &Options, plan: Plan, cancel: &CancellationToken) -
     let display = terminal::Stages::new();
     let environment = Environment {
         work_dir: work_dir.clone(),
+        upstream: imagebuilder::UPSTREAM_DIR.into(),
         reporter: display.reporter(),
         credentials: credentials(&translation, &redactor),
         redactor,

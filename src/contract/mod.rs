@@ -4,6 +4,7 @@
 //! The document holds no secret: credentials are files in [`CREDENTIALS_DIR`], one directory a [`CredentialSlot`],
 //! mounted from the Secrets that the resource names.
 
+mod image_builder;
 mod nutanix;
 pub mod token;
 pub mod upload;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 pub use self::{
+    image_builder::{Engine, EpelSource, ImageBuilderSettings, RedhatSubscription},
     nutanix::{ClusterReference, NutanixTarget},
     vsphere::{VsphereImage, VsphereTarget},
 };
@@ -372,7 +374,12 @@ pub struct BuildRequest {
     pub provider: Provider,
     pub firmware: Firmware,
     pub release: ResolvedRelease,
-    pub base: Base,
+    /// What makes the disk.
+    #[serde(default, skip_serializing_if = "Engine::is_native")]
+    pub engine: Engine,
+    /// What the image starts from. Without one the engine `ImageBuilder` takes what its recipe names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<Base>,
     /// Size of the disk in MiB.
     pub disk_size_mib: u64,
     #[serde(default)]
@@ -538,8 +545,9 @@ pub struct ImageReport {
     /// UUID of the image in Prism Central, where it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
-    /// Resolved digest of the base root file system, `sha256:...` or `sha512:...`.
-    pub base_digest: String,
+    /// Resolved digest of what the image started from, `sha256:...` or `sha512:...`, where it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_digest: Option<String>,
     /// Where the list of what is in the image is (CycloneDX).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sbom: Option<Url>,

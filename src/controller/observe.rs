@@ -32,7 +32,7 @@ use super::{
 };
 use crate::{
     api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
-    contract::{BaseChecksum, Classified},
+    contract::{Base, BaseChecksum, Classified},
     error::Chain,
     release::{ReleaseError, ReleaseQuery},
 };
@@ -291,9 +291,9 @@ async fn prepare(
     let make = |trigger| validate::prepare(build, &observed.wish, release.clone(), trigger, &context.settings);
     let mut prepared = make(None).map_err(Inputs::Refused)?;
     if let (Some(due), Some(rebuild), Some(status)) = (due, &build.spec.rebuild, &build.status) {
-        let base_digest = match (&due, &prepared.request.base.checksum) {
-            (Due::Schedule(_), BaseChecksum::Sha256Sums(sums)) => {
-                let read = resolver.listed_digest(sums, &prepared.request.base.url);
+        let base_digest = match (&due, &prepared.request.base) {
+            (Due::Schedule(_), Some(Base { url, checksum: BaseChecksum::Sha256Sums(sums) })) => {
+                let read = resolver.listed_digest(sums, url);
                 let read = tokio::time::timeout(RESOLVE_TIMEOUT, read).await.map_err(|_| slow())?;
                 Some(read.map_err(|error| why_not(&error))?)
             }

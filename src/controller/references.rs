@@ -75,6 +75,9 @@ pub const VSPHERE_SLOT: &str = "vsphere";
 /// Slot of the credentials for Prism Central.
 pub const NUTANIX_SLOT: &str = "nutanix";
 
+/// Slot of the credentials for Red Hat's subscription service.
+pub const RHSM_SLOT: &str = "rhsm";
+
 /// Slot of the credentials for `spec.publish[index]`.
 pub fn publish_slot(index: usize) -> String {
     format!("publish-{index}")
@@ -101,6 +104,12 @@ pub fn references(spec: &NodeImageBuildSpec) -> Vec<Reference> {
     if let Some(nutanix) = &spec.nutanix {
         let (secret, field) = (&nutanix.credentials_secret_ref, "spec.nutanix.credentialsSecretRef".to_owned());
         found.push(Reference::credentials(NUTANIX_SLOT.to_owned(), secret, field, &[&["username", "password"]]));
+    }
+    if let Some(subscription) = &spec.subscription {
+        let (secret, field) =
+            (&subscription.credentials_secret_ref, "spec.subscription.credentialsSecretRef".to_owned());
+        let keys: &[&[&str]] = &[&["username", "password"], &["activationKey", "orgID"]];
+        found.push(Reference::credentials(RHSM_SLOT.to_owned(), secret, field, keys));
     }
     for (index, file) in spec.files.iter().enumerate() {
         let objects = [

@@ -1,26 +1,33 @@
 //! From a resource and a resolved release to one build document, or to the reason why there is none. Pure.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Serialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
     context::Settings,
-    references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, VSPHERE_SLOT, publish_slot},
+    references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, RHSM_SLOT, VSPHERE_SLOT, publish_slot},
     resources::build_id,
 };
 use crate::{
     api::v1alpha1::{
-        Base, Engine, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish, REBUILD_ANNOTATION, Vsphere,
+        Base, Engine, Epel, ImageBuilder, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish,
+        REBUILD_ANNOTATION, Vsphere,
     },
     contract::{
-        self, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile, FileContent,
-        NutanixTarget, OsName, ProviderTarget, PublishTarget, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION,
-        VsphereTarget,
+        self, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, EpelSource, ExtraFile,
+        FileContent, ImageBuilderSettings, NutanixTarget, OsName, Provider, ProviderTarget, PublishTarget,
+        RedhatSubscription, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
     },
 };
+
+/// Part of a build's longest time that Packer does not get: to remove what it made, and to say so.
+const CLEAN_UP_MARGIN: Duration = Duration::from_secs(300);
+/// It gets at least this.
+const LEAST_TIME: Duration = Duration::from_secs(60);
 
 /// Why nothing is built. The message says what to do.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -85,15 +92,16 @@ fn digest(value: &impl Serialize) -> String {
 
 /// Whether this version can build it, wherever that runs.
 pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
-    spec.provider()?;
-    match spec.engine {
-        Engine::Native => {}
-        Engine::ImageBuilder => {
-            return Err(Refusal::not_supported("spec.engine: ImageBuilder", "write Native, or leave engine out"));
+    match (spec.engine, spec.provider()?) {
+        (Engine::Native, _) if spec.os.name == OsName::Redhat => {
+            let instead = "write ubuntu or debian, or for baremetal engine: ImageBuilder";
+            return Err(Refusal::not_supported("spec.os.name: redhat with engine: Native", instead));
         }
-    }
-    if spec.os.name == OsName::Redhat {
-        return Err(Refusal::not_supported("spec.os.name: redhat", "write ubuntu or debian"));
+        (Engine::ImageBuilder, provider @ (Provider::Vsphere | Provider::Nutanix)) => {
+            let instead = "that engine makes baremetal images; write Native, or leave engine out";
+            return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
+        }
+        (Engine::Native, _) | (Engine::ImageBuilder, Provider::Baremetal) => {}
     }
     if spec.nutanix.as_ref().is_some_and(|nutanix| nutanix.source_image_name.is_some()) {
         // Every owner, capability, ACL and hard link of that disk would be needed. What reads ext4 without mounting it
@@ -152,7 +160,12 @@ pub fn request(
         provider: spec.provider()?,
         firmware: spec.firmware()?,
         release,
-        base: base(spec)?,
+        engine: engine(spec)?,
+        base: match (spec.engine, &spec.base) {
+            // Upstream's recipe names an installation medium.
+            (Engine::ImageBuilder, None) => None,
+            (Engine::ImageBuilder, Some(_)) | (Engine::Native, _) => Some(base(spec)?),
+        },
         disk_size_mib: spec.disk_size_mib()?,
         packages: contract::Packages {
             install: spec.packages.install.clone(),
@@ -227,6 +240,9 @@ fn inputs_digest(request: &BuildRequest) -> String {
         fields.remove("identity");
         fields.remove("version");
     }
+    if let Some(settings) = value.pointer_mut("/engine/imageBuilder").and_then(Value::as_object_mut) {
+        settings.remove("timeoutSeconds");
+    }
     digest(&value)
 }
 
@@ -270,6 +286,57 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
     Ok(contract::Base {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
+    })
+}
+
+/// What makes the disk, with the settings that only the engine `ImageBuilder` knows.
+fn engine(spec: &NodeImageBuildSpec) -> Result<contract::Engine, Refusal> {
+    if spec.engine == Engine::Native {
+        return Ok(contract::Engine::Native);
+    }
+    let ImageBuilder {
+        first_boot_roles_pre,
+        first_boot_roles_post,
+        node_roles_pre,
+        node_roles_post,
+        reenable_public_repositories,
+        ssh_timeout_seconds,
+        ssh_handshake_attempts,
+        ansible_verbosity,
+    } = spec.image_builder.clone().unwrap_or_default();
+    let subscription = spec.subscription.as_ref().map(|subscription| RedhatSubscription {
+        slot: CredentialSlot(RHSM_SLOT.to_owned()),
+        server_hostname: subscription.server_hostname.clone(),
+        server_release_version: subscription.server_release_version.clone(),
+        proxy_hostname: subscription.proxy_hostname.clone(),
+        proxy_port: subscription.proxy_port,
+    });
+    let timeout = Duration::from(spec.build.timeout);
+    Ok(contract::Engine::ImageBuilder(Box::new(ImageBuilderSettings {
+        first_boot_roles_pre,
+        first_boot_roles_post,
+        node_roles_pre,
+        node_roles_post,
+        reenable_public_repositories,
+        ssh_timeout_seconds,
+        ssh_handshake_attempts,
+        ansible_verbosity: ansible_verbosity.unwrap_or_default(),
+        subscription,
+        epel: spec.packages.epel.as_ref().map(epel).transpose()?,
+        template: spec.vsphere.as_ref().and_then(|vsphere| vsphere.template.clone()),
+        linked_clone: spec.vsphere.as_ref().and_then(|vsphere| vsphere.linked_clone).unwrap_or_default(),
+        timeout_seconds: timeout.saturating_sub(CLEAN_UP_MARGIN).max(LEAST_TIME).as_secs(),
+    })))
+}
+
+fn epel(epel: &Epel) -> Result<EpelSource, Refusal> {
+    if !epel.enabled {
+        return Ok(EpelSource::Off);
+    }
+    let optional = |text: &Option<String>, field| text.as_deref().map(|text| url(text, field)).transpose();
+    Ok(EpelSource::From {
+        release_url: optional(&epel.release_url, "spec.packages.epel.releaseURL")?,
+        gpg_key_url: optional(&epel.gpg_key_url, "spec.packages.epel.gpgKeyURL")?,
     })
 }
 
@@ -504,6 +571,7 @@ mod tests {
     fn prepared(build: &NodeImageBuild) -> Prepared {
         let settings = Settings {
             builder_image: "b".into(),
+            image_builder_image: "i".into(),
             release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
             builder_service_account: None,
             artifact_server: None,
@@ -585,6 +653,7 @@ mod tests {
         let build = vsphere(("ubuntu", "22.04"), json!({field: value}));
         let settings = Settings {
             builder_image: "b".into(),
+            image_builder_image: "i".into(),
             release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
             builder_service_account: None,
             artifact_server: None,
@@ -593,6 +662,68 @@ mod tests {
         let refusal = prepare(&build, &wish(&build), release(), None, &settings).unwrap_err();
         let named = format!("spec.vsphere.{field}");
         assert!(refusal.message.contains(&named) && refusal.message.contains("engine: ImageBuilder"), "{refusal:?}");
+    }
+
+    fn metal(os: (&str, &str), more: Value) -> NodeImageBuildSpec {
+        let mut spec = json!({
+            "os": {"name": os.0, "version": os.1}, "releaseChannel": "1-31", "baremetal": {}, "engine": "ImageBuilder",
+        });
+        let Value::Object(more) = more else { panic!("not an object") };
+        spec.as_object_mut().unwrap().extend(more);
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn identity() -> BuildIdentity {
+        BuildIdentity { namespace: "images".into(), name: "image".into(), build_id: String::new() }
+    }
+
+    #[test]
+    fn settings_of_the_engine_image_builder_are_passed_on() {
+        let spec = metal(
+            ("redhat", "9"),
+            json!({
+                "base": {"url": "https://mirror.example.com/rhel.iso", "sha256": "00"},
+                "subscription": {"credentialsSecretRef": {"name": "rhsm"}},
+                "packages": {"epel": {"enabled": false}},
+                "build": {"timeout": "3h"},
+                "imageBuilder": {"nodeRolesPost": ["/roles/own"], "ansibleVerbosity": 2},
+            }),
+        );
+        supported(&spec).unwrap();
+        let request = request(&spec, release(), identity()).unwrap();
+        let contract::Engine::ImageBuilder(settings) = &request.engine else { panic!("{request:?}") };
+        assert_eq!(settings.node_roles_post, ["/roles/own"]);
+        assert_eq!((settings.ansible_verbosity, settings.timeout_seconds), (2, 3 * 3600 - 300));
+        assert_eq!(settings.epel, Some(EpelSource::Off));
+        let slot = CredentialSlot("rhsm".into());
+        assert_eq!(settings.subscription.as_ref().map(|subscription| &subscription.slot), Some(&slot));
+        let references = super::super::references::references(&spec);
+        assert_eq!(references[0].used_as, super::super::references::Use::Credentials(slot));
+    }
+
+    #[test]
+    fn without_a_base_the_recipes_own_medium_is_used_and_more_time_is_no_other_image() {
+        let digest = |timeout: &str| {
+            let spec = metal(("ubuntu", "22.04"), json!({"build": {"timeout": timeout}}));
+            let request = request(&spec, release(), identity()).unwrap();
+            assert_eq!(request.base, None);
+            inputs_digest(&request)
+        };
+        assert_eq!(digest("2h"), digest("4h"));
+    }
+
+    #[rstest]
+    #[case::vsphere(vsphere(("ubuntu", "22.04"), json!({})).spec, Engine::ImageBuilder, "write Native")]
+    #[case::redhat(metal(("redhat", "9"), json!({})), Engine::Native, "ImageBuilder")]
+    fn what_an_engine_does_not_make_is_refused(
+        #[case] mut spec: NodeImageBuildSpec,
+        #[case] engine: Engine,
+        #[case] advice: &str,
+    ) {
+        spec.engine = engine;
+        let refusal = supported(&spec).unwrap_err();
+        assert_eq!(refusal.reason, "NotSupported");
+        assert!(refusal.message.contains(advice), "{refusal:?}");
     }
 
     #[test]

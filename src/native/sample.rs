@@ -47,5 +47,6 @@ pub(super) fn expected(provider: Provider) -> Expected {
         images: vec![request.release.pause_image.clone()],
         release: Some(request.release),
         packages: packages::recipe(OsName::Debian, provider, Firmware::Efi).into_iter().map(str::to_owned).collect(),
+        upstream: false,
     }
 }

@@ -11,6 +11,7 @@ mod examples;
 mod failures;
 mod fetch;
 mod image_contract;
+mod imagebuilder;
 mod nutanix;
 mod ova;
 mod package;

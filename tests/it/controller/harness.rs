@@ -552,7 +552,7 @@ pub fn outcome(request: &BuildRequest) -> BuildOutcome {
             size: 734_003_200,
             virtual_size: 6_979_321_856,
             sha256: hex::encode(Sha256::digest(&directory)),
-            base_digest: format!("sha256:{}", hex::encode(Sha256::digest("base"))),
+            base_digest: Some(format!("sha256:{}", hex::encode(Sha256::digest("base")))),
             sbom: None,
             provenance: None,
         },
