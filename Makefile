@@ -5,7 +5,7 @@ SHELL := bash
 
 include $(wildcard dev/*.mk)
 
-.PHONY: help demo demo-vsphere demo-nutanix test lint unit e2e binary crds
+.PHONY: help demo demo-vsphere demo-nutanix test test-all lint unit e2e binary crds
 
 help: ## Lists the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | sort | column -t -s $$'\t'
@@ -19,8 +19,11 @@ demo-vsphere: ## Builds a template into a simulated vCenter, lists it, and boots
 demo-nutanix: ## Builds an image into a simulated Prism Central, shows it, and boots the disk that Prism Central has.
 	NIB_KEEP=1 dev/e2e nutanix::
 
-test: ## Runs every check and test, with a real API server and a real cluster; what CI runs.
+test: ## Checks, unit and integration tests, and the demo's build in a real cluster.
 	dev/test
+
+test-all: ## The same with every other end-to-end test: faults, nodes that join, vSphere, Nutanix. What CI runs.
+	dev/test all
 
 lint: ## Format, clippy, licences, documentation, chart.
 	dev/lint
