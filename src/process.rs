@@ -436,7 +436,7 @@ mod tests {
         let error = runner
             .run_watched(spec, |line| {
                 if line == "ready" {
-                    cancel.cancel()
+                    cancel.cancel();
                 }
             })
             .await

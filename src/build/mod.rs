@@ -264,10 +264,10 @@ impl Build<'_> {
 
         let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
         let (assembled, base_digest) = match &image_builder {
-            None => self.assemble(&native, &fetcher, &reporter, &workspace.cache()).await?,
+            None => Box::pin(self.assemble(&native, &fetcher, &reporter, &workspace.cache())).await?,
             Some(image_builder) => {
                 let virtualization = virtualization.ok_or(BuildError::Inconsistent)?;
-                self.run_packer(image_builder, &fetcher, &reporter, virtualization).await?
+                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, virtualization)).await?
             }
         };
 
@@ -350,7 +350,7 @@ impl Build<'_> {
             let (medium, cni_plugins) = tokio::try_join!(medium, fetcher.fetch(plugins, |_, _| {}))?;
             Ok::<_, BuildError>(imagebuilder::Fetched { medium, cni_plugins })
         };
-        let fetched = self.stage(Stage::Fetch, fetch).await?;
+        let fetched = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
         let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, virtualization))).await;
         let made = made.inspect_err(|error| {
             if let BuildError::ImageBuilder(error) = error {

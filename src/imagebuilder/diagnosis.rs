@@ -57,6 +57,7 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
             "banner exchange",
             "ssh: unable to authenticate",
             "waiting for ssh",
+            "failed to connect to the host via ssh",
         ],
         Diagnosis {
             class: FailureClass::Transient,
@@ -125,6 +126,7 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
             "unknown plugin",
             "error(s) decoding",
             "could not find playbook",
+            "ansible-playbook: error:",
             "the role '",
         ],
         Diagnosis {
@@ -153,15 +155,12 @@ const UNKNOWN: Diagnosis = Diagnosis {
 pub fn diagnose(said: &Said) -> (Diagnosis, String) {
     let of_task = said.fatal.as_deref().map(|fatal| (known(fatal).unwrap_or(ANSIBLE), fatal));
     let errors = said.errors.join("; ");
-    let (diagnosis, text) = match of_task {
-        Some((diagnosis, fatal)) => {
-            let task = said.task.as_deref().unwrap_or("a task");
-            (diagnosis, format!("in the task `{task}`: {fatal}"))
-        }
-        None => {
-            let diagnosis = known(&errors).or_else(|| known(&said.last.join("\n"))).unwrap_or(UNKNOWN);
-            (diagnosis, if errors.is_empty() { said.last.join("; ") } else { errors })
-        }
+    let (diagnosis, text) = if let Some((diagnosis, fatal)) = of_task {
+        let task = said.task.as_deref().unwrap_or("a task");
+        (diagnosis, format!("in the task `{task}`: {fatal}"))
+    } else {
+        let diagnosis = known(&errors).or_else(|| known(&said.last.join("\n"))).unwrap_or(UNKNOWN);
+        (diagnosis, if errors.is_empty() { said.last.join("; ") } else { errors })
     };
     (diagnosis, shorten(&text, SHOWN))
 }

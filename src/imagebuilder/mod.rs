@@ -52,6 +52,8 @@ pub const UPSTREAM_DIR: &str = "/home/imagebuilder";
 const CLEAN_UP: Duration = Duration::from_secs(240);
 /// `ssh` from this version on copies by another protocol than upstream's Ansible expects.
 const SSH_WITHOUT_SCP: u32 = 9;
+/// Ansible speaks to Packer on this machine, which has older keys than such an `ssh` takes.
+const PACKERS_KEYS: &str = "-o HostKeyAlgorithms=+ssh-rsa -o PubkeyAcceptedAlgorithms=+ssh-rsa";
 
 /// Why the engine could not make a disk.
 #[derive(Debug, thiserror::Error)]
@@ -219,11 +221,6 @@ impl ImageBuilder<'_> {
         self.dir.join("output")
     }
 
-    fn work(&self, path: &Path) -> impl FnOnce(io::Error) -> ImageBuilderError {
-        let path = path.to_owned();
-        move |source| ImageBuilderError::Work { path, source }
-    }
-
     /// Everything that the var-files need beside the build document.
     fn known(&self, fetched: &Fetched, secrets: &SecretDir) -> Result<Known, ImageBuilderError> {
         let secret = |slot: &CredentialSlot, key: &str| {
@@ -321,7 +318,7 @@ impl ImageBuilder<'_> {
         known: &Known,
     ) -> Result<Vec<(Stage, Duration)>, ImageBuilderError> {
         let temporary = self.dir.join("tmp");
-        fs::create_dir_all(&temporary).map_err(self.work(&temporary))?;
+        fs::create_dir_all(&temporary).map_err(|source| ImageBuilderError::Work { path: temporary.clone(), source })?;
         let limit = Duration::from_secs(self.settings.timeout_seconds);
         let home = self.upstream;
         let mut command = CommandSpec::new("packer")
@@ -357,7 +354,8 @@ impl ImageBuilder<'_> {
             }
         }
         if self.ssh_version().await? >= SSH_WITHOUT_SCP {
-            command = command.env("ANSIBLE_SCP_EXTRA_ARGS", "-O");
+            // With the quotes that upstream gives it: without them Ansible takes it for a flag of its own.
+            command = command.env("ANSIBLE_SCP_EXTRA_ARGS", "\"-O\"").env("ANSIBLE_SSH_ARGS", PACKERS_KEYS);
         }
         for file in var_files {
             let mut argument = std::ffi::OsString::from("-var-file=");

@@ -3,6 +3,8 @@
 //!
 //! All values are texts. What has no value of its own and is `None` is left out, so that upstream's default counts.
 
+#![expect(clippy::struct_field_names, reason = "upstream's names")]
+
 use serde::Serialize;
 use serde_json::Value;
 
@@ -99,7 +101,6 @@ struct Kubernetes<'a> {
 }
 
 #[derive(Serialize)]
-#[expect(clippy::struct_field_names, reason = "upstream's names")]
 struct Cni<'a> {
     kubernetes_cni_deb_version: &'a str,
     kubernetes_cni_rpm_version: &'a str,
@@ -128,7 +129,6 @@ struct AdditionalComponents<'a> {
 
 /// The medium that the machine is installed from.
 #[derive(Default, Serialize)]
-#[expect(clippy::struct_field_names, reason = "upstream's names")]
 struct Iso {
     #[serde(skip_serializing_if = "Option::is_none")]
     iso_url: Option<String>,
@@ -191,7 +191,6 @@ struct Extra<'a> {
 }
 
 #[derive(Default, Serialize)]
-#[expect(clippy::struct_field_names, reason = "upstream's names")]
 struct Ssh {
     #[serde(skip_serializing_if = "Option::is_none")]
     ssh_timeout: Option<String>,

@@ -331,7 +331,7 @@ mod tests {
         let [build] = &pod.containers[..] else { panic!("not one container") };
         assert_eq!((before.image.as_deref(), build.image.as_deref()), (Some("ours"), Some("upstreams")));
         let program = "/opt/image-builder/image-builder".to_owned();
-        assert_eq!(build.command.as_ref().unwrap(), &[program.clone()]);
+        assert_eq!(build.command.as_deref().unwrap(), std::slice::from_ref(&program));
         assert_eq!(before.args.as_ref().unwrap(), &["copy-program".to_owned(), program]);
         let at = |container: &Container| {
             let mounts = container.volume_mounts.clone().unwrap();
