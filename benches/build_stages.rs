@@ -22,8 +22,8 @@ use nix::{
 use node_image_builder::{
     build::{self, Environment},
     contract::{
-        Accelerator, Base, BaseChecksum, BootVerification, BuildIdentity, BuildReport, BuildRequest, Firmware, Os,
-        OsName, Packages, Provider, Proxy, PublishTarget, ResolvedRelease, VERSION, Verify,
+        Accelerator, Archive, Base, BaseChecksum, BootVerification, BuildIdentity, BuildReport, BuildRequest, Firmware,
+        Os, OsName, Packages, Provider, Proxy, PublishTarget, ResolvedRelease, VERSION, Verify,
     },
     http,
     progress::{Reporter, Style},
@@ -89,10 +89,10 @@ async fn request(mirror: &str, uploads: &str) -> BuildRequest {
         provider: Provider::Baremetal,
         firmware: Firmware::Efi,
         release: Resolver::new(client).resolve(&query).await.unwrap(),
-        base: Base {
+        base: Base::Archive(Archive {
             url: format!("{mirror}/base/debian-12-rootfs.tar.zst").parse().unwrap(),
             checksum: BaseChecksum::Sha256Sums(format!("{mirror}/base/SHA256SUMS").parse().unwrap()),
-        },
+        }),
         disk_size_mib: DISK_SIZE_MIB,
         packages: Packages::default(),
         files: vec![],
@@ -136,13 +136,14 @@ fn shell(request: &BuildRequest, uploads: &str, work: &Path) -> Vec<(&'static st
             .unwrap();
     }
     let images: Vec<_> = images.iter().map(|image| format!("/mnt/{}", image.name.replace('/', "-"))).collect();
+    let Base::Archive(base) = &request.base else { panic!("the base is an archive") };
     let steps: [(&str, String); 6] = [
         (
             "fetch",
             format!(
                 "curl -fsS -o base {} && while read -r url name sha256; do curl -fsS -o \"f-$name\" \"$url\" && \
                  echo \"$sha256  f-$name\" | sha256sum --check --quiet; mv \"f-$name\" \"$name\"; done <files && sha256sum base",
-                request.base.url
+                base.url
             ),
         ),
         (
@@ -165,7 +166,7 @@ fn shell(request: &BuildRequest, uploads: &str, work: &Path) -> Vec<(&'static st
             format!(
                 "tar -xzf containerd -C root && install -m 755 kubelet kubeadm kubectl root/usr/bin && \
                  mkdir -p root/opt/cni/bin && tar -xzf cni-plugins -C root/opt/cni/bin && \
-                 tar -xzf etcdadm -C root/usr/bin && tar -xzf cri-tools -C root/usr/local/bin && \
+                 tar -xzf etcdadm -C root/usr/bin && tar -xzf crictl -C root/usr/local/bin && \
                  mkdir -p root/mnt && mount --bind . root/mnt && chroot root sh -c '\
                  containerd >/dev/null 2>&1 & daemon=$!; until ctr version >/dev/null 2>&1; do sleep 0.1; done; \
                  for image in {}; do ctr -n k8s.io images import $image || exit 1; done; kill $daemon; wait $daemon' && \

@@ -4,7 +4,10 @@ use std::{path::PathBuf, time::Duration};
 
 use reqwest::{Certificate, Client, ClientBuilder, NoProxy, Proxy as ClientProxy};
 
-use crate::contract::{Classified, FailureClass, Proxy};
+use crate::{
+    contract::{Classified, FailureClass, Proxy},
+    reach::{Forbidden, Reach},
+};
 
 /// Time to establish a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -16,6 +19,8 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 pub enum HttpError {
     #[error("the proxy `{url}` is not a URL such as http://proxy.example.com:3128")]
     Proxy { url: String, source: reqwest::Error },
+    #[error("the proxy `{url}` may not be used from here: {source}; write another one, or leave it out")]
+    ProxyForbidden { url: String, source: Forbidden },
     #[error("can not read the trust bundle {}", .path.display())]
     ReadTrustBundle { path: PathBuf, source: std::io::Error },
     #[error("the trust bundle holds no readable PEM certificate")]
@@ -27,7 +32,10 @@ pub enum HttpError {
 impl Classified for HttpError {
     fn class(&self) -> FailureClass {
         match self {
-            Self::Proxy { .. } | Self::ReadTrustBundle { .. } | Self::TrustBundle { .. } => FailureClass::BadInput,
+            Self::Proxy { .. }
+            | Self::ProxyForbidden { .. }
+            | Self::ReadTrustBundle { .. }
+            | Self::TrustBundle { .. } => FailureClass::BadInput,
             Self::Build { .. } => FailureClass::Environment,
         }
     }
@@ -35,6 +43,7 @@ impl Classified for HttpError {
     fn reason(&self) -> &'static str {
         match self {
             Self::Proxy { .. } => "InvalidProxy",
+            Self::ProxyForbidden { .. } => "AddressForbidden",
             Self::ReadTrustBundle { .. } | Self::TrustBundle { .. } => "InvalidTrustBundle",
             Self::Build { .. } => "TlsUnavailable",
         }
@@ -48,6 +57,15 @@ type Scheme = fn(&str) -> reqwest::Result<ClientProxy>;
 /// `HTTP_PROXY`, `HTTPS_PROXY` and `NO_PROXY`.
 pub fn client(proxy: &Proxy, trust_bundle: Option<&[u8]>) -> Result<Client, HttpError> {
     client_with(proxy, trust_bundle, |builder| builder)
+}
+
+/// The same for URLs that somebody else writes.
+pub fn client_reaching(proxy: &Proxy, trust_bundle: Option<&[u8]>, reach: Reach) -> Result<Client, HttpError> {
+    for text in [&proxy.http, &proxy.https].into_iter().flatten() {
+        let Ok(url) = text.parse() else { continue };
+        reach.check(&url).map_err(|source| HttpError::ProxyForbidden { url: text.clone(), source })?;
+    }
+    client_with(proxy, trust_bundle, |builder| reach.limit(builder))
 }
 
 /// The same with more settings.

@@ -23,6 +23,7 @@ pub mod package;
 pub mod process;
 pub mod progress;
 pub mod publish;
+pub mod reach;
 pub mod release;
 pub mod secret;
 pub mod serve;

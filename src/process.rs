@@ -195,6 +195,11 @@ impl Runner {
         Self { redactor, cancel }
     }
 
+    /// Whether programs are stopped, and work between them should be.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
     /// Runs to the end. Every line of output is logged at debug level; a failure carries the last ones.
     pub async fn run(&self, spec: CommandSpec) -> Result<Output, ProcessError> {
         self.run_watched(spec, |_| {}).await

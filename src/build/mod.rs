@@ -7,15 +7,11 @@ mod provider;
 mod sbom;
 mod workspace;
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use self::{
     documents::Documents,
@@ -24,21 +20,25 @@ use self::{
 };
 use crate::{
     contract::{
-        BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, Engine, FailureClass, FailureReport,
-        ImageReport, PublishTarget, Stage,
+        Base, BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, Engine, FailureClass,
+        FailureReport, ImageReport, PublishTarget, Stage,
     },
     error::Chain,
     fetch::{FetchError, Fetcher},
     http::{self, HttpError},
     imagebuilder::{self, ImageBuilder, ImageBuilderError},
     native::{
-        Assembled, Fetched, Native, NativeError,
+        self, Assembled, Fetched, Native, NativeError,
         accelerator::{self, AcceleratorError, Virtualization},
     },
     package::{Format, ImageSource},
     process::Runner,
     progress::Reporter,
-    publish::{self, PublishError, Published, Publisher, nutanix::NutanixError, vsphere::VsphereError},
+    publish::{
+        self, PublishError, Published, Publisher,
+        nutanix::{NutanixError, SourceDisk},
+        vsphere::VsphereError,
+    },
     secret::{Credentials, Redactor},
 };
 
@@ -127,6 +127,9 @@ impl Classified for BuildError {
         }
     }
 }
+
+/// A disk, where what it was made from came from, and the digest of that, where they are known.
+type MadeDisk = (Assembled, Option<Url>, Option<String>);
 
 /// Runs the whole build. Nothing of it but the download cache is left in the work directory, however it ends.
 pub async fn run(request: &BuildRequest, environment: Environment) -> BuildReport {
@@ -263,8 +266,8 @@ impl Build<'_> {
         let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
 
         let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
-        let (assembled, base_digest) = match &image_builder {
-            None => Box::pin(self.assemble(&native, &fetcher, &reporter, &workspace.cache())).await?,
+        let (assembled, base_url, base_digest) = match &image_builder {
+            None => Box::pin(self.assemble(&native, &fetcher, provider.as_ref(), &reporter, workspace)).await?,
             Some(image_builder) => {
                 let virtualization = virtualization.ok_or(BuildError::Inconsistent)?;
                 Box::pin(self.run_packer(image_builder, &fetcher, &reporter, virtualization)).await?
@@ -298,7 +301,8 @@ impl Build<'_> {
                 image_report(&source, &file, provided, published, base_digest).ok_or(BuildError::Inconsistent)?;
             let about = (file.file_name(), &image);
             let Documents { sbom, provenance } =
-                documents::publish(&publisher, request, workspace, &assembled, about, started).await?;
+                documents::publish(&publisher, request, workspace, &assembled, base_url.as_ref(), about, started)
+                    .await?;
             Ok::<_, BuildError>(ImageReport { sbom, provenance, ..image })
         };
         let image = self.stage(Stage::Publish, publish).await?;
@@ -311,22 +315,38 @@ impl Build<'_> {
         &mut self,
         native: &Native<'_>,
         fetcher: &Fetcher,
+        provider: Option<&Provider>,
         reporter: &Reporter,
-        cache: &Path,
-    ) -> Result<(Assembled, Option<String>), BuildError> {
+        workspace: &Workspace,
+    ) -> Result<MadeDisk, BuildError> {
         let request = self.request;
         let fetch = async {
             reporter.report(Stage::Fetch, 0.0, "downloading");
-            let base = request.base.as_ref().ok_or(BuildError::Inconsistent)?;
             let wanted = Fetched::wanted(&request.release);
-            let (base, files) =
-                tokio::try_join!(fetcher.fetch_base(base, |_, _| {}), fetcher.fetch_all(&wanted, reporter))?;
+            let files = async { Ok::<_, BuildError>(fetcher.fetch_all(&wanted, reporter).await?) };
+            let (base, files) = match &request.base {
+                Base::Archive(archive) => {
+                    let base = async {
+                        let (file, digest) = fetcher.fetch_base(archive, |_, _| {}).await?;
+                        Ok((native::Base::Archive(file), archive.url.clone(), digest))
+                    };
+                    tokio::try_join!(base, files)?
+                }
+                Base::PrismImage(source) => {
+                    let provider = provider.ok_or(BuildError::Inconsistent)?;
+                    let disk = workspace.dir().join("source.disk");
+                    let SourceDisk { url, digest } = provider.fetch_source(source, &disk).await?;
+                    ((native::Base::Disk(disk), url, digest), files.await?)
+                }
+                Base::Recipe => return Err(BuildError::Inconsistent),
+            };
             Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
         };
-        let ((base, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
-        let installed = self.stage(Stage::Install, native.install(&base, &fetched, cache)).await?;
+        let ((base, base_url, base_digest), fetched) = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
+        let cache = workspace.cache();
+        let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
         let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
-        Ok((self.stage(Stage::Assemble, native.assemble(expected)).await?, Some(base_digest)))
+        Ok((self.stage(Stage::Assemble, native.assemble(expected)).await?, Some(base_url), Some(base_digest)))
     }
 
     /// The same of the engine `ImageBuilder`. Packer tells when its stages begin.
@@ -336,14 +356,14 @@ impl Build<'_> {
         fetcher: &Fetcher,
         reporter: &Reporter,
         virtualization: Virtualization,
-    ) -> Result<(Assembled, Option<String>), BuildError> {
+    ) -> Result<MadeDisk, BuildError> {
         let request = self.request;
         let fetch = async {
             reporter.report(Stage::Fetch, 0.0, "downloading");
             let medium = async {
                 match &request.base {
-                    Some(base) => fetcher.fetch_base(base, |_, _| {}).await.map(Some),
-                    None => Ok(None),
+                    Base::Archive(archive) => fetcher.fetch_base(archive, |_, _| {}).await.map(Some),
+                    Base::Recipe | Base::PrismImage(_) => Ok(None),
                 }
             };
             let plugins = &request.release.cni_plugins.artifact;
@@ -361,7 +381,11 @@ impl Build<'_> {
         for (stage, took) in made.took {
             *self.stage_seconds.entry(stage).or_default() += (took.as_secs_f64() * 10.0).round() / 10.0;
         }
-        Ok((made.assembled, made.base_digest))
+        let url = match &request.base {
+            Base::Archive(archive) => Some(archive.url.clone()),
+            Base::Recipe | Base::PrismImage(_) => None,
+        };
+        Ok((made.assembled, url, made.base_digest))
     }
 }
 

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use crate::{
-    contract::{BaseChecksum, BuildRequest, FileContent, VERSION},
+    contract::{Archive, Base, BaseChecksum, BuildRequest, FileContent, VERSION},
     native::Fetched,
 };
 
@@ -85,10 +85,10 @@ pub(super) struct Subject<'s> {
     pub sha256: &'s str,
 }
 
-/// The statement. `base_digest` is that of the base, as `sha256:...` or `sha512:...`, where it is known.
+/// The statement. `base` is where the base came from, and its digest as `sha256:...` or `sha512:...`, where they are known.
 pub(super) fn document(
     request: &BuildRequest,
-    base_digest: Option<&str>,
+    (base, base_digest): (Option<&Url>, Option<&str>),
     subject: Subject<'_>,
     started_on: Timestamp,
     finished_on: Timestamp,
@@ -123,23 +123,17 @@ pub(super) fn document(
         "files": files,
     });
     let sha256 = |digest: &str| BTreeMap::from([("sha256", digest.to_owned())]);
-    let mut dependencies = vec![];
-    if let Some(base) = &request.base {
-        let digest = base_digest
-            .and_then(|digest| digest.split_once(':'))
-            .map(|(kind, digest)| (if kind == "sha512" { "sha512" } else { "sha256" }, digest.to_owned()));
+    let digest = base_digest
+        .and_then(|digest| digest.split_once(':'))
+        .map(|(kind, digest)| (if kind == "sha512" { "sha512" } else { "sha256" }, digest.to_owned()));
+    let mut dependencies =
+        vec![Resource { name: "base".to_owned(), uri: base.map(shown), digest: digest.into_iter().collect() }];
+    if let Base::Archive(Archive { checksum: BaseChecksum::Sha256Sums(url), .. }) = &request.base {
         dependencies.push(Resource {
-            name: "base".to_owned(),
-            uri: Some(shown(&base.url)),
-            digest: digest.into_iter().collect(),
+            name: "base checksums".to_owned(),
+            uri: Some(shown(url)),
+            digest: BTreeMap::new(),
         });
-        if let BaseChecksum::Sha256Sums(url) = &base.checksum {
-            dependencies.push(Resource {
-                name: "base checksums".to_owned(),
-                uri: Some(shown(url)),
-                digest: BTreeMap::new(),
-            });
-        }
     }
     dependencies.extend(Fetched::wanted(release).into_iter().map(|artifact| Resource {
         name: artifact.name.clone(),
@@ -183,7 +177,7 @@ mod tests {
     #[test]
     fn names_inputs_by_digest_and_no_secret() {
         let mut request = sample::request();
-        request.base.as_mut().unwrap().url = "https://user:canary@mirror/base.tar.xz?signature=canary".parse().unwrap();
+        let base = "https://user:canary@mirror/base.tar.xz?signature=canary".parse().unwrap();
         request.packages.repositories.insert("own".into(), "deb https://user:canary@own ./".into());
         let file = |path: &str, content| ExtraFile {
             path: path.into(),
@@ -199,7 +193,8 @@ mod tests {
         let subject = Subject { file_name: "debian-12-kube-1-34.gz", sha256: &"b".repeat(64) };
         let time = |text: &str| text.parse().unwrap();
         let (started, finished) = (time("2026-01-02T03:04:05Z"), time("2026-01-02T03:14:05Z"));
-        let text = document(&request, Some(&format!("sha512:{}", "c".repeat(128))), subject, started, finished);
+        let text =
+            document(&request, (Some(&base), Some(&format!("sha512:{}", "c".repeat(128)))), subject, started, finished);
         assert!(!String::from_utf8_lossy(&text).contains("canary"));
 
         let statement: Value = serde_json::from_slice(&text).unwrap();

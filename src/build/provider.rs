@@ -1,16 +1,19 @@
 //! The provider that gets the image as an object of its own kind: a template in vCenter, an image in Prism Central.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::BuildError;
 use crate::{
-    contract::{BuildRequest, ProviderTarget, Stage, VsphereImage},
+    contract::{BuildRequest, PrismSource, ProviderTarget, Stage, VsphereImage},
     package::{Format, ImageSource, Machine, Summary},
     progress::Reporter,
-    publish::{nutanix::Nutanix, vsphere::Vsphere},
+    publish::{
+        nutanix::{Nutanix, SourceDisk},
+        vsphere::Vsphere,
+    },
     secret::Credentials,
 };
 
@@ -67,6 +70,14 @@ impl Provider {
             }
         }
         Ok(())
+    }
+
+    /// Downloads the image that the build starts from to the new file `disk`.
+    pub(super) async fn fetch_source(&self, source: &PrismSource, disk: &Path) -> Result<SourceDisk, BuildError> {
+        match self {
+            Self::Nutanix(nutanix) => Ok(Box::pin(nutanix.fetch_source(source, disk)).await?),
+            Self::Vsphere(_) => Err(BuildError::Inconsistent),
+        }
     }
 
     /// How the provider wants the disk.

@@ -33,8 +33,8 @@ use crate::{
     api::v1alpha1::Engine,
     build::{self, Environment},
     contract::{
-        BaseChecksum, BuildIdentity, BuildOutcome, BuildReport, BuildRequest, Classified, ExtraFile, FailureClass,
-        FileContent, ProviderTarget, Proxy, PublishTarget, ResolvedRelease,
+        Archive, Base, BaseChecksum, BuildIdentity, BuildOutcome, BuildReport, BuildRequest, Classified, ExtraFile,
+        FailureClass, FileContent, ProviderTarget, Proxy, PublishTarget, ResolvedRelease,
     },
     controller::{
         references::{NUTANIX_SLOT, VSPHERE_SLOT},
@@ -291,9 +291,11 @@ fn endpoints(translation: &Translation, has_tarball: bool) -> Result<Vec<Url>, F
     let spec = &translation.spec;
     let source = spec.source.clone().unwrap_or_default();
     let base = validate::base(spec).map_err(UsageError::Refused)?;
-    let sums = match base.checksum {
-        BaseChecksum::Sha256Sums(url) => Some(url),
-        BaseChecksum::Sha256(_) | BaseChecksum::Sha512(_) => None,
+    let base = match base {
+        Base::Archive(Archive { checksum: BaseChecksum::Sha256Sums(sums), .. }) => Some(sums),
+        Base::Archive(Archive { url, checksum: BaseChecksum::Sha256(_) | BaseChecksum::Sha512(_) }) => Some(url),
+        // The build's first stage looks for it, with credentials.
+        Base::PrismImage(_) | Base::Recipe => None,
     };
     let manifest = source.release_manifest_url.as_deref().unwrap_or(PRODUCTION_MANIFEST_URL);
     let first = match (&source.eksa_base_url, has_tarball) {
@@ -303,7 +305,7 @@ fn endpoints(translation: &Translation, has_tarball: bool) -> Result<Vec<Url>, F
     };
     let distro = source.eksd_base_url.as_deref();
     let named = first.into_iter().chain(distro).filter_map(|url| url.parse().ok());
-    Ok(named.chain([sums.unwrap_or(base.url)]).collect())
+    Ok(named.chain(base).collect())
 }
 
 async fn resolve(

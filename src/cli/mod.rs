@@ -11,6 +11,7 @@ mod dropin;
 mod failure;
 mod guest_checks;
 mod manifest;
+mod nodeimage;
 mod operator;
 mod run;
 mod serve;
@@ -57,6 +58,10 @@ enum Command {
     Manifest(Box<manifest::Options>),
     /// Download what networks without Internet access need.
     Download(download::Options),
+    /// Tell how far a build in a cluster is.
+    Status(nodeimage::StatusOptions),
+    /// See what the builds in a cluster do, and tell them what to do; also `kubectl nodeimage`.
+    Nodeimage(nodeimage::Options),
     /// Say whether this machine can build, and what to do where it can not.
     Doctor(doctor::Options),
     /// Print the version.
@@ -90,6 +95,13 @@ enum Command {
     ImageContract,
 }
 
+impl Cli {
+    /// The process's command line; under the name `kubectl-nodeimage` it is kubectl's plug-in.
+    pub fn from_process() -> Self {
+        Self::parse_from(nodeimage::arguments(std::env::args_os()))
+    }
+}
+
 /// Runs the command and gives the process's exit code.
 pub fn run(cli: Cli) -> ExitCode {
     let format = match (cli.log_format, &cli.command) {
@@ -102,7 +114,7 @@ pub fn run(cli: Cli) -> ExitCode {
     };
     let filter = match (cli.verbosity, &cli.command) {
         // A person is told by the progress what the log would say.
-        (0, Command::Build(_)) => "warn",
+        (0, Command::Build(_) | Command::Status(_) | Command::Nodeimage(_)) => "warn",
         (0, _) => "info",
         (_, _) => "debug",
     };
@@ -112,6 +124,8 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Manifest(options) => return exit_code(manifest::run(&options)),
         Command::Download(options) => return exit_code(download::run(options)),
         Command::Doctor(options) => return doctor::run(&options).unwrap_or_else(|failure| failure.report()),
+        Command::Status(options) => return ended(nodeimage::status(options)),
+        Command::Nodeimage(options) => return ended(nodeimage::run(options)),
         Command::Version => return exit_code(documents::version()),
         Command::Completion(options) => return exit_code(documents::completion(&options)),
         Command::Man(options) => return exit_code(documents::man(&options)),
@@ -127,8 +141,12 @@ pub fn run(cli: Cli) -> ExitCode {
             io::stdout().write_all(image_contract::document().as_bytes()).context("can not write to standard output")
         }
     };
+    ended(result.map(|()| ExitCode::SUCCESS))
+}
+
+fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             tracing::error!("{}", Chain(error.as_ref()));
             ExitCode::FAILURE

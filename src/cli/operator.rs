@@ -15,11 +15,12 @@ use crate::{
     controller::{
         Operator,
         admin::{self, Admin},
-        context::{ArtifactServerSettings, Lifecycle, Settings},
+        context::{ArtifactServerSettings, Lifecycle, Placement, Settings},
         lease::LeaseSettings,
         metrics::Metrics,
         queue::Limits,
     },
+    reach::Reach,
     release::PRODUCTION_MANIFEST_URL,
 };
 
@@ -46,6 +47,8 @@ pub(super) struct OperatorArgs {
     #[arg(long, env = "IMAGE_BUILDER_BUILDER_SERVICE_ACCOUNT")]
     builder_service_account: Option<String>,
     #[command(flatten)]
+    placement: PlacementArgs,
+    #[command(flatten)]
     artifact_server: ArtifactServerArgs,
     #[command(flatten)]
     lifecycle: LifecycleArgs,
@@ -58,6 +61,29 @@ pub(super) struct OperatorArgs {
     /// Where /healthz, /readyz and /metrics are served.
     #[arg(long, env = "IMAGE_BUILDER_ADMIN_ADDRESS", default_value = "0.0.0.0:8080")]
     admin_address: SocketAddr,
+}
+
+/// Which nodes build pods may run on.
+#[derive(Debug, Args)]
+struct PlacementArgs {
+    /// Labels that the nodes of build pods must have, whatever the resources say, e.g. builds=yes,zone=a.
+    #[arg(
+        long = "builder-node-selector",
+        env = "IMAGE_BUILDER_BUILDER_NODE_SELECTOR",
+        value_name = "LABEL=VALUE",
+        value_delimiter = ',',
+        value_parser = label
+    )]
+    node_selector: Vec<(String, String)>,
+    /// Let resources tolerate the taint of control plane nodes. Build pods are privileged: who may write a `NodeImageBuild`
+    /// can then become root there.
+    #[arg(long, env = "IMAGE_BUILDER_ALLOW_CONTROL_PLANE")]
+    allow_control_plane: bool,
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("write LABEL=VALUE")?;
+    Ok((key.to_owned(), value.to_owned()))
 }
 
 /// How long finished builds are kept, how often releases are looked for, how many builds run.
@@ -161,6 +187,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         image_builder_image,
         release_manifest_url,
         builder_service_account,
+        placement: PlacementArgs { node_selector, allow_control_plane },
         artifact_server,
         lifecycle,
         lease_namespace,
@@ -180,6 +207,8 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         builder_service_account,
         artifact_server,
         lifecycle,
+        reach: Reach::OtherMachines,
+        placement: Placement { node_selector: node_selector.into_iter().collect(), control_plane: allow_control_plane },
     };
     let mut config =
         kube::Config::infer().await.context("no cluster is configured: set KUBECONFIG, or run in a pod")?;

@@ -12,7 +12,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    contract::{FailureClass, ProgressLine},
+    contract::{FailureClass, Progress, ProgressLine},
     process,
     progress::{Reporter, Style},
 };
@@ -107,6 +107,14 @@ impl Stages {
         }
     }
 
+    /// Shows how far a build in a cluster is.
+    pub(super) fn show(&self, progress: &Progress) {
+        match &self.0 {
+            Some(bar) => set(bar, progress.clone()),
+            None => say(&format!("{:3} % {}: {}", progress.percent, progress.stage, progress.message)),
+        }
+    }
+
     pub(super) fn finish(self) {
         self.0.iter().for_each(ProgressBar::finish_and_clear);
     }
@@ -125,9 +133,7 @@ impl Write for Lines {
         while let Some(end) = self.partial.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = self.partial.drain(..=end).collect();
             if let Ok(ProgressLine { progress }) = serde_json::from_slice(&line) {
-                self.bar.set_prefix(progress.stage.as_str());
-                self.bar.set_message(progress.message);
-                self.bar.set_position(u64::from(progress.percent));
+                set(&self.bar, progress);
             }
         }
         Ok(bytes.len())
@@ -136,6 +142,12 @@ impl Write for Lines {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+fn set(bar: &ProgressBar, progress: Progress) {
+    bar.set_prefix(progress.stage.as_str());
+    bar.set_message(progress.message);
+    bar.set_position(u64::from(progress.percent));
 }
 
 fn style(template: &str) -> ProgressStyle {

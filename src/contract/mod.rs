@@ -18,7 +18,7 @@ use url::Url;
 
 pub use self::{
     image_builder::{Engine, EpelSource, ImageBuilderSettings, RedhatSubscription},
-    nutanix::{ClusterReference, NutanixTarget},
+    nutanix::{ClusterReference, NutanixTarget, PrismSource},
     vsphere::{VsphereImage, VsphereTarget},
 };
 
@@ -176,10 +176,22 @@ pub enum BaseChecksum {
     Sha256Sums(Url),
 }
 
-/// The root file system an image starts from: a tar archive, plain or compressed by gzip, xz or zstd.
+/// What an image starts from.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Base {
+    Archive(Archive),
+    /// A disk image in the Prism Central that the image goes to.
+    PrismImage(PrismSource),
+    /// The installation medium that upstream's recipe names; for the engine `ImageBuilder` only.
+    Recipe,
+}
+
+/// A root file system as a tar archive, plain or compressed by gzip, xz or zstd; for the engine `ImageBuilder` an
+/// installation medium.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Base {
+pub struct Archive {
     pub url: Url,
     pub checksum: BaseChecksum,
 }
@@ -377,9 +389,7 @@ pub struct BuildRequest {
     /// What makes the disk.
     #[serde(default, skip_serializing_if = "Engine::is_native")]
     pub engine: Engine,
-    /// What the image starts from. Without one the engine `ImageBuilder` takes what its recipe names.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub base: Option<Base>,
+    pub base: Base,
     /// Size of the disk in MiB.
     pub disk_size_mib: u64,
     #[serde(default)]
@@ -545,7 +555,8 @@ pub struct ImageReport {
     /// UUID of the image in Prism Central, where it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
-    /// Resolved digest of what the image started from, `sha256:...` or `sha512:...`, where it is known.
+    /// Resolved digest of the base: of its archive, of the disk that came from Prism Central, or of the installation medium,
+    /// where it is known. `sha256:...` or `sha512:...`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base_digest: Option<String>,
     /// Where the list of what is in the image is (CycloneDX).

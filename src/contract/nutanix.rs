@@ -39,3 +39,11 @@ pub enum ClusterReference {
     Name(String),
     Uuid(String),
 }
+
+/// A disk image in Prism Central to start from.
+#[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PrismSource {
+    /// Its name, which no other image has.
+    pub prism_image: String,
+}

@@ -51,6 +51,8 @@ pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -
         clean_ups,
         delete_clean_ups,
         abandon,
+        removals: _,
+        prune,
         status,
         notes,
         counts,
@@ -67,6 +69,9 @@ pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -
     }
     if let Some(prepared) = start {
         create(observed, prepared, context).await?;
+    }
+    for id in prune {
+        delete_files(build, id, context).await?;
     }
     if let Some(status) = status
         && build.status.as_ref() != Some(status)
@@ -194,7 +199,7 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
             limits: (!spec.resources.limits.is_empty()).then(|| spec.resources.limits.clone()),
             claims: None,
         },
-        node_selector: spec.node_selector.clone(),
+        node_selector: node_selector(build, context),
         tolerations: spec.tolerations.clone(),
         timeout_seconds: u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX),
         retries: spec.retries,
@@ -206,6 +211,13 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
     )
     .await?;
     post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await
+}
+
+/// The labels that a node must have, those that the administrator demands among them.
+fn node_selector(build: &NodeImageBuild, context: &Context) -> std::collections::BTreeMap<String, String> {
+    let mut labels = build.spec.build.node_selector.clone();
+    labels.extend(context.settings.placement.node_selector.clone());
+    labels
 }
 
 /// Creates the Job that cleans up after a build.
@@ -223,7 +235,7 @@ async fn create_clean_up(observed: &Observed, id: &str, scope: Scope, context: &
         image: &context.settings.builder_image,
         service_account: context.settings.builder_service_account.as_deref(),
         references: observed.outside.builds.get(id).map(Vec::as_slice).unwrap_or_default(),
-        node_selector: build.spec.build.node_selector.clone(),
+        node_selector: node_selector(build, context),
         tolerations: build.spec.build.tolerations.clone(),
     });
     post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await

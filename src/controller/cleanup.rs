@@ -239,19 +239,25 @@ pub(super) fn plan(
     let wanted: Vec<_> = outside
         .builds
         .keys()
-        .filter(|id| !has_succeeded(observed, status, id) && starting.as_ref() != Some(*id))
+        .filter(|id| {
+            !has_succeeded(observed, status, id) && starting.as_ref() != Some(*id) && !plan.prune.contains(*id)
+        })
         // The same inputs are about to be built again, which cleans up by itself.
         .filter(|id| !plan.replaces.contains(*id))
         .cloned()
         .collect();
-    let steps = steps(outside, wanted.iter().filter(|id| is_over(id)).map(|id| (id.clone(), Scope::HalfMade)));
+    let half_made = wanted.iter().filter(|id| is_over(id)).map(|id| (id.clone(), Scope::HalfMade));
+    let removals = plan.removals.iter().map(|id| (id.clone(), Scope::Everything));
+    let steps = steps(outside, half_made.chain(removals));
     let failed = steps.failed.iter().map(|(id, _, _)| id);
     let unfinished: BTreeSet<_> =
         steps.waiting.iter().chain(failed).cloned().chain(wanted.iter().filter(|id| !is_over(id)).cloned()).collect();
     plan.delete_secrets.retain(|id| !unfinished.contains(id));
     plan.abandon.retain(|id| !unfinished.contains(id));
-    // An image that goes with the resource is removed by what its Secret says, whatever became of its Job.
-    if observed.build.spec.deletion_policy == DeletionPolicy::Delete {
+    // An image that goes with the resource, or after it was kept for long enough, is removed by what its Secret says,
+    // whatever became of its Job.
+    let spec = &observed.build.spec;
+    if spec.deletion_policy == DeletionPolicy::Delete || spec.retention.is_some() {
         let in_history = |id: &String| status.history.iter().any(|entry| entry.build_id == *id);
         plan.delete_secrets
             .retain(|id| !(outside.builds.contains_key(id) && in_history(id) && has_succeeded(observed, status, id)));

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     contract::{Proxy, token::SigningKey},
     http::{self, HttpError},
+    reach::Reach,
     release::{FRESH, Resolver},
 };
 
@@ -41,6 +42,18 @@ pub struct Settings {
     /// The built-in artifact server, if there is one.
     pub artifact_server: Option<ArtifactServerSettings>,
     pub lifecycle: Lifecycle,
+    /// Where the URLs of release documents and checksum lists may lead.
+    pub reach: Reach,
+    pub placement: Placement,
+}
+
+/// Which nodes build pods may run on. They are privileged: whoever chooses the node, and what runs in the pod, has the node.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Placement {
+    /// Labels that the node must have, whatever the resource says.
+    pub node_selector: BTreeMap<String, String>,
+    /// Whether resources may tolerate the taint of control plane nodes.
+    pub control_plane: bool,
 }
 
 /// How long finished builds are kept, how often releases are looked for, how many builds run.
@@ -175,6 +188,7 @@ impl Referrers {
 pub struct Resolvers {
     /// How long a document is used without asking whether it changed.
     fresh: Duration,
+    reach: Reach,
     inner: Mutex<HashMap<Network, Arc<Resolver>>>,
 }
 
@@ -186,8 +200,8 @@ impl Resolvers {
     const MOST: usize = 32;
 
     /// Whoever asks for a document once in `interval` gets what the server has.
-    pub fn new(interval: Duration) -> Self {
-        Self { fresh: interval.min(FRESH) / 2, inner: Mutex::default() }
+    pub fn new(interval: Duration, reach: Reach) -> Self {
+        Self { fresh: interval.min(FRESH) / 2, reach, inner: Mutex::default() }
     }
 
     /// The resolver for a proxy and additional certificate authorities (PEM).
@@ -197,8 +211,8 @@ impl Resolvers {
         if let Some(resolver) = resolvers.get(&key) {
             return Ok(Arc::clone(resolver));
         }
-        let resolver = Resolver::new(http::client(proxy, trust_bundle)?).without_retries();
-        let resolver = Arc::new(resolver.with_freshness(self.fresh));
+        let resolver = Resolver::new(http::client_reaching(proxy, trust_bundle, self.reach)?).reaching(self.reach);
+        let resolver = Arc::new(resolver.without_retries().with_freshness(self.fresh));
         if resolvers.len() >= Self::MOST {
             resolvers.clear();
         }

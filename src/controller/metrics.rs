@@ -44,6 +44,8 @@ pub struct Metrics {
     reconcile_seconds: Histogram,
     reconcile_errors: Family<ReasonLabels, Counter>,
     leader: Gauge,
+    waiting: Gauge,
+    published_bytes: Counter,
 }
 
 impl Default for Metrics {
@@ -64,13 +66,36 @@ impl Default for Metrics {
         registry.register("reconcile_errors", "Failed reconciliations, by reason", reconcile_errors.clone());
         let leader = Gauge::default();
         registry.register("leader", "1 for the operator that works, 0 for one that stands by", leader.clone());
-        Self { registry, started, finished, stages, reconcile_seconds, reconcile_errors, leader }
+        let (waiting, published_bytes) = (Gauge::default(), Counter::default());
+        registry.register("builds_waiting", "Builds that wait for a slot", waiting.clone());
+        registry.register(
+            "published_bytes",
+            "Size of all images that were published, each once",
+            published_bytes.clone(),
+        );
+        Self {
+            registry,
+            started,
+            finished,
+            stages,
+            reconcile_seconds,
+            reconcile_errors,
+            leader,
+            waiting,
+            published_bytes,
+        }
     }
 }
 
 impl Metrics {
     pub fn leading(&self, leading: bool) {
         self.leader.set(leading.into());
+        // Another one knows now who waits.
+        self.waiting.set(0);
+    }
+
+    pub fn queued(&self, builds: usize) {
+        self.waiting.set(i64::try_from(builds).unwrap_or(i64::MAX));
     }
 
     pub fn is_leading(&self) -> bool {
@@ -82,6 +107,7 @@ impl Metrics {
     }
 
     pub fn build_succeeded(&self, outcome: &BuildOutcome) {
+        self.published_bytes.inc_by(outcome.image.size);
         self.finished.get_or_create(&BuildLabels { result: "Succeeded", class: "" }).inc();
         for (stage, seconds) in &outcome.stage_seconds {
             self.stages.get_or_create(&StageLabels { stage: stage.as_str() }).observe(*seconds);

@@ -22,6 +22,7 @@ mod reconcile;
 pub mod references;
 pub mod releases;
 pub mod resources;
+pub mod retention;
 pub mod retry;
 mod status;
 pub mod validate;
@@ -219,7 +220,7 @@ impl Operator {
             metrics: Arc::clone(metrics),
             backoff: Backoff::default(),
             referrers: Referrers::default(),
-            resolvers: Resolvers::new(settings.lifecycle.release_poll_interval),
+            resolvers: Resolvers::new(settings.lifecycle.release_poll_interval, settings.reach),
             http: http.clone(),
             settings: settings.clone(),
             client: client.clone(),

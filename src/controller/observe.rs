@@ -11,7 +11,11 @@ use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Event, Pod, Secret},
 };
-use kube::{Api, Client, ResourceExt, api::ListParams, core::PartialObjectMeta};
+use kube::{
+    Api, Client, ResourceExt,
+    api::ListParams,
+    core::{ApiResource, DynamicObject, PartialObjectMeta},
+};
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -22,17 +26,18 @@ use super::{
     job_state::{self, JobState, PodState},
     plan::{Inputs, Observed, ObservedJob},
     queue::{Queue, Standing, server},
-    rebuild::{self, Due, Found},
+    rebuild::{self, BaseNow, Due, Found},
     reconcile::Guarded,
     references::{self, Lookup, ObjectKind, Reference, Use, references},
     resources::object_name,
+    retention::{GROUP, KINDS, Named, Usage, VERSION, surplus},
     scoped,
     status::{condition, release_status},
     validate::{self, Refusal, Wish, wish},
 };
 use crate::{
     api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
-    contract::{Base, BaseChecksum, Classified},
+    contract::{Archive, Base, BaseChecksum, Classified},
     error::Chain,
     release::{ReleaseError, ReleaseQuery},
 };
@@ -155,9 +160,42 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Re
         live_pods: live_pods(&pods.items),
         jobs: observed_jobs,
         pod_refusals,
+        usage: usage(&build, context).await?,
         manifest_changed: follow_release(&build, context),
         build,
     })
+}
+
+/// What EKS Anywhere's resources in all namespaces name, where an image is to go that one of them may use.
+async fn usage(build: &NodeImageBuild, context: &Context) -> Result<Usage, Error> {
+    let needed = build.metadata.deletion_timestamp.is_none()
+        && build.status.as_ref().is_some_and(|status| !surplus(&build.spec, status).is_empty());
+    if !needed {
+        return Ok(Usage::NotNeeded);
+    }
+    let mut named = Named::default();
+    for kind in &KINDS {
+        let resource = ApiResource {
+            group: GROUP.to_owned(),
+            version: VERSION.to_owned(),
+            api_version: format!("{GROUP}/{VERSION}"),
+            kind: kind.kind.to_owned(),
+            plural: kind.plural.to_owned(),
+        };
+        let api: Api<DynamicObject> = Api::all_with(context.client.clone(), &resource);
+        match each_page(&api, ListParams::default(), |object| named.add(kind, &object.data)).await {
+            // Where the kind is not installed nobody uses it. The API server says so in plain text, which has no reason.
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(kube::Error::Api(status)) if status.is_forbidden() => {
+                return Ok(Usage::Hidden(format!(
+                    "the operator may not list {}.{GROUP}; have it installed with operator.readClusters",
+                    kind.plural
+                )));
+            }
+            result => result.map_err(Error::api(format!("list {}.{GROUP}", kind.plural)))?,
+        }
+    }
+    Ok(Usage::Known(named))
 }
 
 /// Whether the release manifest changed, where a new release starts a build.
@@ -237,12 +275,15 @@ pub(super) async fn inputs(observed: &Observed, context: &Context, now: Timestam
     // Before the objects are read: a change in between must not go unnoticed.
     context.referrers.set(&reference, references.iter().map(|one| (one.kind, one.name.clone())));
     let objects = look_up(&references, &reference.namespace, context).await?;
-    let lookups = objects.iter().map(|(key, data)| (key.clone(), data.as_ref().into())).collect();
+    let lookups = objects.iter().map(|(key, object)| (key.clone(), object.into())).collect();
     if let Some((reason, message)) = references::missing(&references, &lookups, &reference.namespace) {
         return Ok(Inputs::Refused(Refusal::new(reason, message)));
     }
     let trust_bundle = references.iter().find_map(|reference| match &reference.used_as {
-        Use::TrustBundle { key } => objects.get(&(reference.kind, reference.name.clone()))?.as_ref()?.get(key),
+        Use::TrustBundle { key } => match objects.get(&(reference.kind, reference.name.clone()))? {
+            Object::Data(data) => data.get(key),
+            Object::Guarded(_) | Object::NotFound => None,
+        },
         Use::Credentials(_) | Use::File { .. } => None,
     });
     let prepared = prepare(observed, trust_bundle.map(Vec::as_slice), context, now).await;
@@ -291,16 +332,21 @@ async fn prepare(
     let make = |trigger| validate::prepare(build, &observed.wish, release.clone(), trigger, &context.settings);
     let mut prepared = make(None).map_err(Inputs::Refused)?;
     if let (Some(due), Some(rebuild), Some(status)) = (due, &build.spec.rebuild, &build.status) {
-        let base_digest = match (&due, &prepared.request.base) {
-            (Due::Schedule(_), Some(Base { url, checksum: BaseChecksum::Sha256Sums(sums) })) => {
+        let listed = match (&due, &prepared.request.base) {
+            (Due::Schedule(_), Base::Archive(Archive { url, checksum: BaseChecksum::Sha256Sums(sums) })) => {
                 let read = resolver.listed_digest(sums, url);
                 let read = tokio::time::timeout(RESOLVE_TIMEOUT, read).await.map_err(|_| slow())?;
                 Some(read.map_err(|error| why_not(&error))?)
             }
             (_, _) => None,
         };
-        let found =
-            Found { inputs_digest: &prepared.inputs_digest, release: &shown, base_digest: base_digest.as_deref() };
+        let base = match (&prepared.request.base, &listed) {
+            (_, Some(digest)) => BaseNow::Digest(digest),
+            (Base::Archive(_) | Base::Recipe, None) => BaseNow::Fixed,
+            // The operator does not talk to Prism Central.
+            (Base::PrismImage(_), None) => BaseNow::Unknown,
+        };
+        let found = Found { inputs_digest: &prepared.inputs_digest, release: &shown, base };
         let Some(trigger) = rebuild::cause(rebuild, due, status, found) else {
             let reference = BuildRef::of(build.as_ref());
             if let (true, Some(version)) = (rebuild.on_new_release, version) {
@@ -318,12 +364,36 @@ fn why_not<E: Classified + 'static>(error: &E) -> Inputs {
     if error.class().is_retryable() { Inputs::Unavailable(refusal) } else { Inputs::Refused(refusal) }
 }
 
-/// The data of an object, of which only the trust bundle's is looked at.
-type Data = BTreeMap<String, Vec<u8>>;
+/// An object that the specification names.
+enum Object {
+    /// Its data, of which only the trust bundle's is looked at.
+    Data(BTreeMap<String, Vec<u8>>),
+    Guarded(&'static str),
+    NotFound,
+}
 
-impl From<Option<&Data>> for Lookup {
-    fn from(data: Option<&Data>) -> Self {
-        data.map_or(Self::NotFound, |data| Self::Found(data.keys().cloned().collect()))
+impl From<&Object> for Lookup {
+    fn from(object: &Object) -> Self {
+        match object {
+            Object::Data(data) => Self::Found(data.keys().cloned().collect()),
+            Object::Guarded(what) => Self::Guarded(what),
+            Object::NotFound => Self::NotFound,
+        }
+    }
+}
+
+impl Object {
+    fn of_secret(secret: Secret) -> Self {
+        match references::guarded(&secret) {
+            Some(what) => Self::Guarded(what),
+            None => Self::Data(secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect()),
+        }
+    }
+
+    fn of_config_map(map: ConfigMap) -> Self {
+        let text = map.data.into_iter().flatten().map(|(key, value)| (key, value.into_bytes()));
+        let binary = map.binary_data.into_iter().flatten().map(|(key, value)| (key, value.0));
+        Self::Data(text.chain(binary).collect())
     }
 }
 
@@ -331,7 +401,7 @@ async fn look_up(
     references: &[Reference],
     namespace: &str,
     context: &Context,
-) -> Result<BTreeMap<(ObjectKind, String), Option<Data>>, Error> {
+) -> Result<BTreeMap<(ObjectKind, String), Object>, Error> {
     let mut found = BTreeMap::new();
     for reference in references {
         let key = (reference.kind, reference.name.clone());
@@ -339,22 +409,19 @@ async fn look_up(
             continue;
         }
         let operation = format!("read the {} `{}`", reference.kind, reference.name);
-        let data = match reference.kind {
+        let object = match reference.kind {
             ObjectKind::Secret => {
                 let api: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
                 let secret = api.get_opt(&reference.name).await.map_err(Error::api(operation))?;
-                secret.map(|secret| secret.data.into_iter().flatten().map(|(key, value)| (key, value.0)).collect())
+                secret.map(Object::of_secret)
             }
             ObjectKind::ConfigMap => {
                 let api: Api<ConfigMap> = Api::namespaced(context.client.clone(), namespace);
                 let map = api.get_opt(&reference.name).await.map_err(Error::api(operation))?;
-                map.map(|map| {
-                    let text = map.data.into_iter().flatten().map(|(key, value)| (key, value.into_bytes()));
-                    text.chain(map.binary_data.into_iter().flatten().map(|(key, value)| (key, value.0))).collect()
-                })
+                map.map(Object::of_config_map)
             }
         };
-        found.insert(key, data);
+        found.insert(key, object.unwrap_or(Object::NotFound));
     }
     Ok(found)
 }

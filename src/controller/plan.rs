@@ -16,6 +16,7 @@ use super::{
     job_state::{Failure, JobState, PodState},
     queue::{Admission, Standing, ordinal, server},
     rebuild::{Due, Schedule},
+    retention::{self, Usage},
     status::{Verdict, condition, failure_status, judge, record, set_image, time, trim},
     validate::{Prepared, Refusal, Wish},
 };
@@ -80,6 +81,8 @@ pub struct Observed {
     pub manifest_changed: bool,
     /// What is left in vCenter or Prism Central.
     pub outside: Outside,
+    /// What the clusters name, where older images are to go.
+    pub usage: Usage,
 }
 
 /// Whether a build can be started.
@@ -114,6 +117,10 @@ pub struct Plan {
     pub delete_clean_ups: BTreeSet<(String, Scope)>,
     /// Builds whose half-made uploads are deleted, then their Secret.
     pub abandon: BTreeSet<String>,
+    /// Builds whose images are removed from vCenter or Prism Central: clean-ups follow from it.
+    pub removals: BTreeSet<String>,
+    /// Builds whose files are deleted before the status forgets them.
+    pub prune: BTreeSet<String>,
     /// The status, unless the resource is going away.
     pub status: Option<NodeImageBuildStatus>,
     pub notes: Vec<Note>,
@@ -164,6 +171,8 @@ impl Plan {
             clean_ups: BTreeSet::new(),
             delete_clean_ups: BTreeSet::new(),
             abandon: BTreeSet::new(),
+            removals: BTreeSet::new(),
+            prune: BTreeSet::new(),
             status: None,
             notes: vec![],
             counts: vec![],
@@ -174,7 +183,7 @@ impl Plan {
     }
 
     /// Looks again after this time at the latest.
-    fn look_again(&mut self, wait: Duration) {
+    pub(super) fn look_again(&mut self, wait: Duration) {
         let wait = wait.clamp(Duration::from_secs(1), LONGEST_WAIT);
         self.requeue = match self.requeue {
             Requeue::Never => Requeue::After(wait),
@@ -397,9 +406,10 @@ pub fn plan(observed: &Observed, inputs: &Inputs, admission: Admission, job_ttl:
         supersede(observed, current, &mut status, &mut plan, now);
     }
     schedule(observed, due, inputs, &mut status, &mut plan, now);
-    trim(&mut status.history, spec.history);
+    trim(&mut status.history, spec.history, spec.retention.is_some());
     tidy(observed, current.as_deref(), &status, &mut plan);
     expire(observed, &status, job_ttl, &mut plan, now);
+    retention::plan(observed, &before, &mut status, &mut plan, now);
     cleanup::plan(observed, &before, &mut status, &mut plan, now);
     announce(&before, &status, &mut plan);
     plan.status = Some(status);
@@ -546,6 +556,8 @@ fn harvest(observed: &Observed, status: &mut NodeImageBuildStatus, plan: &mut Pl
             start_time: job.created.map(time),
             completion_time: None,
             image_url: None,
+            image_name: None,
+            image_uuid: None,
             sha256: None,
             release: job.release.clone(),
             reason: None,
@@ -555,6 +567,8 @@ fn harvest(observed: &Observed, status: &mut NodeImageBuildStatus, plan: &mut Pl
                 entry.result = BuildResult::Succeeded;
                 entry.completion_time = completed.map(time);
                 entry.image_url = outcome.image.url.as_ref().map(ToString::to_string);
+                entry.image_name = Some(outcome.image.name.clone());
+                entry.image_uuid.clone_from(&outcome.image.uuid);
                 entry.sha256 = Some(outcome.image.sha256.clone());
                 if newest.is_none_or(|newest| completed.is_none_or(|completed| completed >= newest)) {
                     set_image(status, outcome);
@@ -786,6 +800,8 @@ fn cancel(job: &ObservedJob, reason: &str, status: &mut NodeImageBuildStatus, pl
             start_time: job.created.map(time),
             completion_time: Some(time(now)),
             image_url: None,
+            image_name: None,
+            image_uuid: None,
             sha256: None,
             release: job.release.clone(),
             reason: Some(reason.to_owned()),
@@ -897,15 +913,12 @@ fn plan_deletion(observed: &Observed, deleted: Timestamp, now: Timestamp) -> Pla
             // Without its Secret nobody knows where an image is.
             let unknown = succeeded.iter().any(|id| !observed.outside.builds.contains_key(id));
             delete.extend(succeeded);
-            let places: Vec<_> = [
-                (build.spec.publish.iter().any(|target| target.s3.is_some()), "the s3 targets of spec.publish"),
-                (build.spec.publish.iter().any(|target| target.http.is_some()), "the http targets of spec.publish"),
+            let servers = [
                 (build.spec.vsphere.is_some() && unknown, "vCenter"),
                 (build.spec.nutanix.is_some() && unknown, "Prism Central"),
-            ]
-            .into_iter()
-            .filter_map(|(there, place)| there.then_some(place))
-            .collect();
+            ];
+            let servers = servers.into_iter().filter_map(|(there, place)| there.then_some(place));
+            let places: Vec<_> = retention::places_of_persons(&build.spec).chain(servers).collect();
             if !places.is_empty() && status.image.is_some() {
                 let places = places.join(", ");
                 let message = format!("images in {places} are not deleted; delete them there");

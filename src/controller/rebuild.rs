@@ -89,18 +89,32 @@ pub fn check(rebuild: &Rebuild) -> Result<(), Refusal> {
 pub struct Found<'f> {
     pub inputs_digest: &'f str,
     pub release: &'f ReleaseStatus,
-    /// Digest of the base, where it can be known before the build.
-    pub base_digest: Option<&'f str>,
+    pub base: BaseNow<'f>,
+}
+
+/// What is known of the base before a build.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum BaseNow<'f> {
+    /// The specification has its digest, which is one of the inputs.
+    Fixed,
+    /// It has this digest now.
+    Digest(&'f str),
+    /// Only a build can tell.
+    Unknown,
 }
 
 /// Why a build is started, as the status has it; none if the newest build is made from just that.
 pub fn cause(rebuild: &Rebuild, due: Due, status: &NodeImageBuildStatus, found: Found<'_>) -> Option<String> {
-    let Found { inputs_digest, release, base_digest } = found;
+    let Found { inputs_digest, release, base } = found;
     let other_inputs = status.inputs_digest.as_deref() != Some(inputs_digest);
     let other_release = status.release.as_ref() != Some(release);
     match due {
         Due::Schedule(at) => {
-            let other_base = base_digest.is_some() && status.base_digest.as_deref() != base_digest;
+            let other_base = match base {
+                BaseNow::Fixed => false,
+                BaseNow::Digest(digest) => status.base_digest.as_deref() != Some(digest),
+                BaseNow::Unknown => true,
+            };
             let again = rebuild.force || status.failure.is_some();
             (again || other_inputs || other_base).then(|| format!("schedule {}", second(at)))
         }
@@ -200,26 +214,48 @@ mod tests {
     }
 
     #[rstest]
-    #[case::same(Due::Schedule(Timestamp::UNIX_EPOCH), false, "a", 47, Some("sha256:1"), None)]
-    #[case::forced(Due::Schedule(Timestamp::UNIX_EPOCH), true, "a", 47, None, Some("schedule 1970-01-01T00:00:00Z"))]
-    #[case::inputs(Due::Schedule(Timestamp::UNIX_EPOCH), false, "b", 47, None, Some("schedule 1970-01-01T00:00:00Z"))]
+    #[case::same(Due::Schedule(Timestamp::UNIX_EPOCH), false, "a", 47, BaseNow::Digest("sha256:1"), None)]
+    #[case::unknown_base(
+        Due::Schedule(Timestamp::UNIX_EPOCH),
+        false,
+        "a",
+        47,
+        BaseNow::Unknown,
+        Some("schedule 1970-01-01T00:00:00Z")
+    )]
+    #[case::forced(
+        Due::Schedule(Timestamp::UNIX_EPOCH),
+        true,
+        "a",
+        47,
+        BaseNow::Fixed,
+        Some("schedule 1970-01-01T00:00:00Z")
+    )]
+    #[case::inputs(
+        Due::Schedule(Timestamp::UNIX_EPOCH),
+        false,
+        "b",
+        47,
+        BaseNow::Fixed,
+        Some("schedule 1970-01-01T00:00:00Z")
+    )]
     #[case::base(
         Due::Schedule(Timestamp::UNIX_EPOCH),
         false,
         "a",
         47,
-        Some("sha256:2"),
+        BaseNow::Digest("sha256:2"),
         Some("schedule 1970-01-01T00:00:00Z")
     )]
-    #[case::same_release(Due::Manifest, false, "a", 47, None, None)]
-    #[case::moved_mirror(Due::Manifest, true, "b", 47, None, None)]
-    #[case::new_release(Due::Manifest, false, "b", 48, None, Some("release v0.26.1 kubernetes-1-31-eks-48"))]
-    fn same_inputs_are_built_again_only_when_forced(
+    #[case::same_release(Due::Manifest, false, "a", 47, BaseNow::Fixed, None)]
+    #[case::moved_mirror(Due::Manifest, true, "b", 47, BaseNow::Fixed, None)]
+    #[case::new_release(Due::Manifest, false, "b", 48, BaseNow::Fixed, Some("release v0.26.1 kubernetes-1-31-eks-48"))]
+    fn same_inputs_are_built_again_only_when_forced_or_nobody_knows(
         #[case] due: Due,
         #[case] force: bool,
         #[case] inputs_digest: &str,
         #[case] number: u64,
-        #[case] base_digest: Option<&str>,
+        #[case] base: BaseNow<'_>,
         #[case] expected: Option<&str>,
     ) {
         let release = |number| ReleaseStatus {
@@ -236,7 +272,7 @@ mod tests {
         };
         let rebuild = Rebuild { force, ..rebuild("@daily", None) };
         let release = release(number);
-        let found = Found { inputs_digest, release: &release, base_digest };
+        let found = Found { inputs_digest, release: &release, base };
         assert_eq!(cause(&rebuild, due, &status, found).as_deref(), expected);
     }
 }

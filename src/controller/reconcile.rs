@@ -73,6 +73,7 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Requeue, Error> {
     let now = Timestamp::now();
     let inputs = inputs(&observed, context, now).await?;
     let admission = context.queue.settle(&BuildRef::of(observed.build.as_ref()), &observed.standing(&inputs, now));
+    context.metrics.queued(context.queue.waiting());
     let plan = plan(&observed, &inputs, admission, context.settings.lifecycle.finished_job_ttl, now);
     tracing::debug!(?plan, "planned");
     apply(&observed, &plan, context).await?;

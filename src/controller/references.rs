@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, fmt};
 
+use k8s_openapi::api::core::v1::Secret;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    api::v1alpha1::{KeyReference, NodeImageBuildSpec, SecretReference},
+    api::v1alpha1::{KeyReference, NAME_LABEL, NodeImageBuildSpec, SecretReference},
     contract::CredentialSlot,
 };
 
@@ -143,6 +144,8 @@ pub fn references(spec: &NodeImageBuildSpec) -> Vec<Reference> {
 pub enum Lookup {
     /// The names of its keys.
     Found(Vec<String>),
+    /// A Secret that builds get nothing of; what it is.
+    Guarded(&'static str),
     NotFound,
 }
 
@@ -179,9 +182,36 @@ pub fn missing(
                     ),
                 ))
             }
+            Some(Lookup::Guarded(what)) => Some((
+                "SecretForbidden",
+                format!(
+                    "{field} names the Secret `{name}`, which is {what}: builds get nothing of such a Secret. Create another \
+                     one with {}",
+                    alternatives(keys)
+                ),
+            )),
             Some(Lookup::Found(_)) => None,
         }
     })
+}
+
+/// What a Secret is that no image and no server of the author's choice may get, whoever is its namespace's user: it is the
+/// key to what others do.
+pub fn guarded(secret: &Secret) -> Option<&'static str> {
+    let labels = secret.metadata.labels.as_ref();
+    let label = |key: &str| labels.and_then(|labels| labels.get(key)).map(String::as_str);
+    match secret.type_.as_deref() {
+        Some("kubernetes.io/service-account-token") => return Some("the token of a service account"),
+        Some("bootstrap.kubernetes.io/token") => return Some("a token by which nodes join a cluster"),
+        Some("helm.sh/release.v1") => return Some("the record of a Helm release"),
+        Some(_) | None => {}
+    }
+    if label(NAME_LABEL).is_some() {
+        return Some("the document of a build, with its upload token");
+    }
+    let ours = label("app.kubernetes.io/name") == Some("node-image-builder");
+    (ours && label("app.kubernetes.io/component") == Some("artifact-server"))
+        .then_some("the key that signs upload tokens")
 }
 
 fn quoted(keys: &[String]) -> String {

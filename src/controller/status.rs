@@ -120,9 +120,9 @@ pub(super) fn record(history: &mut Vec<HistoryEntry>, entry: HistoryEntry) {
     history.sort_by_key(|entry| std::cmp::Reverse(entry.completion_time.as_ref().map(|time| time.0)));
 }
 
-/// Drops the oldest records beyond the limits.
-pub(super) fn trim(history: &mut Vec<HistoryEntry>, limits: History) {
-    let (mut successful, mut failed) = (limits.successful, limits.failed);
+/// Drops the oldest records beyond the limits. With `all_images`, every build that has one stays.
+pub(super) fn trim(history: &mut Vec<HistoryEntry>, limits: History, all_images: bool) {
+    let (mut successful, mut failed) = (if all_images { u32::MAX } else { limits.successful }, limits.failed);
     history.retain(|entry| {
         let left = match entry.result {
             BuildResult::Succeeded => &mut successful,

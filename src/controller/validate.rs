@@ -2,13 +2,14 @@
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
+use k8s_openapi::api::core::v1::Toleration;
 use serde::Serialize;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    context::Settings,
+    context::{Placement, Settings},
     references::{FILE_NAME, FILES_DIR, NUTANIX_SLOT, RHSM_SLOT, VSPHERE_SLOT, publish_slot},
     resources::build_id,
 };
@@ -18,9 +19,9 @@ use crate::{
         REBUILD_ANNOTATION, Vsphere,
     },
     contract::{
-        self, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, EpelSource, ExtraFile,
-        FileContent, ImageBuilderSettings, NutanixTarget, OsName, Provider, ProviderTarget, PublishTarget,
-        RedhatSubscription, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
+        self, Archive, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, EpelSource,
+        ExtraFile, FileContent, ImageBuilderSettings, NutanixTarget, OsName, PrismSource, Provider, ProviderTarget,
+        PublishTarget, RedhatSubscription, ResolvedRelease, TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
     },
 };
 
@@ -69,10 +70,10 @@ pub struct Wish {
 
 /// What the resource asks for now.
 pub fn wish(build: &NodeImageBuild) -> Wish {
-    let NodeImageBuildSpec { suspend: _, history: _, deletion_policy: _, rebuild: _, build: run, .. } = &build.spec;
+    let run = &build.spec.build;
     let mut what = serde_json::to_value(&build.spec).unwrap_or_default();
     if let Some(what) = what.as_object_mut() {
-        for field in ["suspend", "history", "deletionPolicy", "rebuild", "build"] {
+        for field in ["suspend", "history", "retention", "deletionPolicy", "rebuild", "build"] {
             what.remove(field);
         }
     }
@@ -103,15 +104,6 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
         }
         (Engine::Native, _) | (Engine::ImageBuilder, Provider::Baremetal) => {}
     }
-    if spec.nutanix.as_ref().is_some_and(|nutanix| nutanix.source_image_name.is_some()) {
-        // Every owner, capability, ACL and hard link of that disk would be needed. What reads ext4 without mounting it
-        // (debugfs, ext4-view, 7-Zip) loses some of them, and a build has no loop device to mount with.
-        let instead = "the Native engine starts from the files of a root file system and not from a disk; write what that \
-                       image holds as a tar archive (`guestfish --ro -a IMAGE -i \
-                       tar-out / root.tar numericowner:true xattrs:true acls:true`), put it on a web server, \
-                       and write its url and sha256 as spec.base";
-        return Err(Refusal::not_supported("spec.nutanix.sourceImageName", instead));
-    }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
     }
@@ -122,6 +114,7 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
 /// Everything that can be said without looking at anything else. To be asked first, before anything is read.
 pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refusal> {
     supported(spec)?;
+    placement(spec, &settings.placement)?;
     let targets = spec.publish_targets()?;
     if targets.iter().any(|target| target.artifact_server.is_some()) && settings.artifact_server.is_none() {
         return Err(Refusal::new(
@@ -129,6 +122,32 @@ pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refus
             "the image would go to the built-in artifact server, but the operator runs without one; write spec.publish \
              with an s3 or http target, or have the operator installed with artifactServer.enabled",
         ));
+    }
+    Ok(())
+}
+
+/// Whether the administrator lets the build pod run where the specification wants it.
+fn placement(spec: &NodeImageBuildSpec, allowed: &Placement) -> Result<(), Refusal> {
+    const CONTROL_PLANE: [&str; 2] = ["node-role.kubernetes.io/control-plane", "node-role.kubernetes.io/master"];
+    let refusal = |message: String| Err(Refusal::new("PlacementForbidden", message));
+    let reaches = |toleration: &Toleration| match toleration.key.as_deref() {
+        None | Some("") => true,
+        Some(key) => CONTROL_PLANE.contains(&key),
+    };
+    if let (false, Some(index)) = (allowed.control_plane, spec.build.tolerations.iter().position(reaches)) {
+        return refusal(format!(
+            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods, which are privileged, may not \
+             run: tolerate the taints of other nodes by their keys, or have the operator installed with \
+             builds.allowControlPlane"
+        ));
+    }
+    for (label, value) in &allowed.node_selector {
+        if let Some(other) = spec.build.node_selector.get(label).filter(|other| *other != value) {
+            return refusal(format!(
+                "spec.build.nodeSelector wants nodes with {label}={other}, but builds run only on those with {label}={value}: \
+                 leave {label} out"
+            ));
+        }
     }
     Ok(())
 }
@@ -163,8 +182,8 @@ pub fn request(
         engine: engine(spec)?,
         base: match (spec.engine, &spec.base) {
             // Upstream's recipe names an installation medium.
-            (Engine::ImageBuilder, None) => None,
-            (Engine::ImageBuilder, Some(_)) | (Engine::Native, _) => Some(base(spec)?),
+            (Engine::ImageBuilder, None) => contract::Base::Recipe,
+            (Engine::ImageBuilder, Some(_)) | (Engine::Native, _) => base(spec)?,
         },
         disk_size_mib: spec.disk_size_mib()?,
         packages: contract::Packages {
@@ -255,8 +274,16 @@ fn url(text: &str, field: &str) -> Result<Url, Refusal> {
 
 /// What the image starts from: as written, else the public one.
 pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
-    let Some(Base { url: place, sha256, sha512, sha256_sums_url }) = &spec.base else {
-        return default_base(spec);
+    let source = spec.nutanix.as_ref().and_then(|nutanix| nutanix.source_image_name.as_ref());
+    let (place, sha256, sha512, sha256_sums_url) = match (&spec.base, source) {
+        (Some(Base { url, sha256, sha512, sha256_sums_url }), None) => (url, sha256, sha512, sha256_sums_url),
+        (None, Some(name)) => return Ok(contract::Base::PrismImage(PrismSource { prism_image: name.clone() })),
+        (None, None) => return default_base(spec).map(contract::Base::Archive),
+        (Some(_), Some(_)) => {
+            let message =
+                "spec.base and spec.nutanix.sourceImageName are both there: the image starts from one of them";
+            return Err(Refusal::new("InvalidSpec", message));
+        }
     };
     let checksum = match (sha256, sha512, sha256_sums_url) {
         (Some(digest), None, None) => BaseChecksum::Sha256(digest.clone()),
@@ -267,11 +294,11 @@ pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
             return Err(Refusal::new("InvalidSpec", message));
         }
     };
-    Ok(contract::Base { url: url(place, "spec.base.url")?, checksum })
+    Ok(contract::Base::Archive(Archive { url: url(place, "spec.base.url")?, checksum }))
 }
 
 /// Canonical's root file system of an Ubuntu release, with the checksums published beside it.
-fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
+fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
     let series = match (spec.os.name, spec.os.version.as_str()) {
         (OsName::Ubuntu, "22.04") => "jammy",
         (OsName::Ubuntu, "24.04") => "noble",
@@ -283,7 +310,7 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
     };
     let directory = format!("https://cloud-images.ubuntu.com/releases/{series}/release");
     let file = format!("ubuntu-{}-server-cloudimg-amd64-root.tar.xz", spec.os.version);
-    Ok(contract::Base {
+    Ok(Archive {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
     })
@@ -412,6 +439,7 @@ fn nutanix_target(spec: &NodeImageBuildSpec, nutanix: &Nutanix) -> Result<Provid
         subnet,
         image_name,
         replace_existing,
+        // The base.
         source_image_name: _,
         categories,
     } = nutanix;
@@ -576,6 +604,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         prepare(build, &wish(build), release(), None, &settings).unwrap()
     }
@@ -658,6 +688,8 @@ mod tests {
             builder_service_account: None,
             artifact_server: None,
             lifecycle: super::super::context::Lifecycle::default(),
+            reach: crate::reach::Reach::default(),
+            placement: Placement::default(),
         };
         let refusal = prepare(&build, &wish(&build), release(), None, &settings).unwrap_err();
         let named = format!("spec.vsphere.{field}");
@@ -706,7 +738,7 @@ mod tests {
         let digest = |timeout: &str| {
             let spec = metal(("ubuntu", "22.04"), json!({"build": {"timeout": timeout}}));
             let request = request(&spec, release(), identity()).unwrap();
-            assert_eq!(request.base, None);
+            assert_eq!(request.base, contract::Base::Recipe);
             inputs_digest(&request)
         };
         assert_eq!(digest("2h"), digest("4h"));

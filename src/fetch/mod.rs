@@ -23,7 +23,7 @@ use url::Url;
 
 use self::{cache::Cache, digest::Expected, download::Download, shares::Shares};
 use crate::{
-    contract::{Artifact, Base, BaseChecksum},
+    contract::{Archive, Artifact, BaseChecksum},
     progress::Reporter,
 };
 
@@ -131,7 +131,7 @@ impl Fetcher {
     /// The verified root file system archive of `base`, and its digest as `sha256:…` or `sha512:…`.
     pub async fn fetch_base(
         &self,
-        base: &Base,
+        base: &Archive,
         on_progress: impl Fn(u64, Option<u64>) + Send + Sync,
     ) -> Result<(PathBuf, String), FetchError> {
         const NAME: &str = "the base root file system";

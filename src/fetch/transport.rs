@@ -15,7 +15,10 @@ use reqwest::{
 };
 use url::Url;
 
-use crate::contract::{Classified, FailureClass};
+use crate::{
+    contract::{Classified, FailureClass},
+    reach::{Forbidden, forbidden},
+};
 
 /// A server that asks for more time than this is asked again after it all the same.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(120);
@@ -35,6 +38,8 @@ pub enum TransportError {
     TooManyRedirects { url: String, source: Arc<reqwest::Error> },
     #[error("the certificate of {url} is not trusted: add its authority to the trust bundle")]
     Untrusted { url: String, source: Arc<reqwest::Error> },
+    #[error("{url} is not asked: {source}; write the URL of a server that others reach too")]
+    AddressForbidden { url: String, source: Forbidden },
     #[error("{url} is larger than {limit} bytes, which no such document is: check the URL")]
     TooLarge { url: String, limit: u64 },
     #[error("{url} can not be downloaded: only http and https are supported")]
@@ -60,6 +65,7 @@ impl Classified for TransportError {
             | Self::UnexpectedStatus { .. }
             | Self::TooManyRedirects { .. }
             | Self::Untrusted { .. }
+            | Self::AddressForbidden { .. }
             | Self::TooLarge { .. }
             | Self::UnsupportedScheme { .. } => FailureClass::BadInput,
             Self::ServerError { .. }
@@ -78,6 +84,7 @@ impl Classified for TransportError {
             Self::UnexpectedStatus { .. } => "UnexpectedStatus",
             Self::TooManyRedirects { .. } => "TooManyRedirects",
             Self::Untrusted { .. } => "UntrustedCertificate",
+            Self::AddressForbidden { .. } => "AddressForbidden",
             Self::TooLarge { .. } => "DocumentTooLarge",
             Self::UnsupportedScheme { .. } => "UnsupportedScheme",
             Self::ServerError { .. } => "ServerError",
@@ -95,7 +102,9 @@ impl TransportError {
         // The client's own text would show the URL with its credentials.
         let source = Arc::new(error.without_url());
         let url = shown(url);
-        if distrusts_certificate(&source) {
+        if let Some(forbidden) = forbidden(&source) {
+            Self::AddressForbidden { url, source: forbidden.clone() }
+        } else if distrusts_certificate(&source) {
             Self::Untrusted { url, source }
         } else if source.is_redirect() {
             Self::TooManyRedirects { url, source }

@@ -9,8 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::contract::{
-    Artifact, BaseChecksum, BuildRequest, Classified, ClusterReference, EpelSource, FailureClass, ImageBuilderSettings,
-    NutanixTarget, OsName, Provider, ProviderTarget, Proxy, ResolvedRelease, VsphereTarget,
+    Artifact, Base, BaseChecksum, BuildRequest, Classified, ClusterReference, EpelSource, FailureClass,
+    ImageBuilderSettings, NutanixTarget, OsName, Provider, ProviderTarget, Proxy, ResolvedRelease, VsphereTarget,
 };
 
 /// Packages of every Debian node beside upstream's own, as the EKS Anywhere tool has them.
@@ -436,7 +436,10 @@ fn nutanix(request: &BuildRequest, settings: &ImageBuilderSettings, known: &Know
         nutanix_password: &known.password,
         nutanix_cluster_uuid: uuid,
         image_name: &target.image_name,
-        image_url: request.base.as_ref().map(|base| base.url.as_str()),
+        image_url: match &request.base {
+            Base::Archive(base) => Some(base.url.as_str()),
+            Base::Recipe | Base::PrismImage(_) => None,
+        },
         image_export: "true",
         rhel: rhel(request, settings, known),
         extra: extra(request, settings, known),
@@ -445,7 +448,7 @@ fn nutanix(request: &BuildRequest, settings: &ImageBuilderSettings, known: &Know
 }
 
 fn iso(request: &BuildRequest, known: &Known) -> Iso {
-    let Some(base) = &request.base else { return Iso::default() };
+    let Base::Archive(base) = &request.base else { return Iso::default() };
     if let Some((path, digest)) = &known.medium {
         let (kind, checksum) = match digest.split_once(':') {
             Some(("sha512", digest)) => ("sha512", digest),

@@ -5,7 +5,7 @@ use std::{io, path::PathBuf};
 use super::{
     accelerator::AcceleratorError, artifacts::ArtifactError, bootloader::BootLoaderError, chroot::MountError,
     disk::DiskError, files::FileError, guest::GuestError, images::ImportError, packages::PackageError,
-    rootfs::BaseError, tree::TreeError,
+    rootfs::BaseError, source::SourceError, tree::TreeError,
 };
 use crate::{
     contract::{Classified, FailureClass, Firmware, OsName, Provider},
@@ -46,6 +46,8 @@ pub enum NativeError {
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
     Tree(#[from] TreeError),
 }
 
@@ -66,6 +68,7 @@ impl NativeError {
             Self::Mount(error) => error,
             Self::Package(error) => error,
             Self::Process(error) => error,
+            Self::Source(error) => error,
             Self::Tree(error) => error,
         })
     }

@@ -1,7 +1,7 @@
 //! The engine `Native`: assembles an image from a root file system. No installer, no SSH, no virtual machine to build in.
 //!
 //! [`Native`] is one build's engine; its methods are the stages, in their order. What each stage does is in a module of
-//! its own: the base (`rootfs`), its `packages`, the release's `artifacts` and container `images`, the
+//! its own: the base (`rootfs`, or a disk image: `source`), its `packages`, the release's `artifacts` and container `images`, the
 //! `settings` of the image contract, the resource's `files`, `seal`ing, the `bootloader` and the `disk`; then
 //! the [`image_contract`] is checked in the tree and in a booted [`guest`].
 
@@ -24,6 +24,7 @@ mod rootfs;
 pub(crate) mod sample;
 mod seal;
 mod settings;
+mod source;
 pub mod tree;
 
 use std::{
@@ -64,6 +65,15 @@ pub struct Native<'b> {
     /// A directory that the build has for itself.
     dir: PathBuf,
     ids: DiskIds,
+}
+
+/// What an image starts from, where it is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Base {
+    /// The archive of a root file system.
+    Archive(PathBuf),
+    /// A disk image with a system in it. It is used up.
+    Disk(PathBuf),
 }
 
 /// A tree that everything is installed in.
@@ -136,11 +146,19 @@ impl<'b> Native<'b> {
     }
 
     /// Installs everything in a tree. `fetched_dir` is the directory that holds all of `fetched`.
-    pub async fn install(&self, base: &Path, fetched: &Fetched, fetched_dir: &Path) -> Result<Installed, NativeError> {
+    pub async fn install(&self, base: &Base, fetched: &Fetched, fetched_dir: &Path) -> Result<Installed, NativeError> {
         let root = self.root();
         let begin = SystemTime::now();
-        self.install_progress(0.0, "unpacking the base");
-        rootfs::unpack(base, &root, &self.runner).await?;
+        match base {
+            Base::Archive(archive) => {
+                self.install_progress(0.0, "unpacking the base");
+                rootfs::unpack(archive, &root, &self.runner).await?;
+            }
+            Base::Disk(image) => {
+                self.install_progress(0.0, "unpacking the source image");
+                source::unpack(image, &root, &self.runner).await?;
+            }
+        }
         rootfs::check(&root, &self.request.os)?;
 
         let authorities = self.authorities()?;

@@ -14,7 +14,7 @@ use crate::{
 /// Where the system says what it is (os-release(5)), in the order of its reading.
 const OS_RELEASE: [&str; 2] = ["/etc/os-release", "/usr/lib/os-release"];
 /// Directories whose contents exist only in a running system.
-const RUNTIME_DIRS: [&str; 4] = ["dev", "proc", "run", "sys"];
+pub(super) const RUNTIME_DIRS: [&str; 4] = ["dev", "proc", "run", "sys"];
 
 /// Why a base is not used.
 #[derive(Debug, thiserror::Error)]

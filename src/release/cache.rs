@@ -13,7 +13,10 @@ use tokio::io::AsyncReadExt;
 use url::Url;
 
 use super::{LARGEST_DOCUMENT, ReleaseError, documents::Document};
-use crate::fetch::{Patience, TransportError, document, shown};
+use crate::{
+    fetch::{Patience, TransportError, document, shown},
+    reach::Reach,
+};
 
 /// A release is three manifests and a few checksum files; this is enough for some ten releases in use.
 const MOST_DOCUMENTS: usize = 64;
@@ -29,6 +32,7 @@ pub(super) struct Cache {
     pub(super) patience: Patience,
     pub(super) fresh: Duration,
     pub(super) local_files: bool,
+    pub(super) reach: Reach,
     slots: Mutex<HashMap<Url, Entry>>,
 }
 
@@ -63,7 +67,14 @@ enum State {
 
 impl Cache {
     pub(super) fn new(client: Client, fresh: Duration) -> Self {
-        Self { client, patience: Patience::default(), fresh, local_files: false, slots: Mutex::default() }
+        Self {
+            client,
+            patience: Patience::default(),
+            fresh,
+            local_files: false,
+            reach: Reach::Anywhere,
+            slots: Mutex::default(),
+        }
     }
 
     /// The document at `url`, as it is now or was less than [`Self::fresh`] ago.
@@ -124,6 +135,7 @@ impl Cache {
         url: &Url,
         kept: Option<Kept<D>>,
     ) -> Result<(Arc<D>, Version, Option<String>), ReleaseError> {
+        self.reach.check(url).map_err(|source| TransportError::AddressForbidden { url: shown(url), source })?;
         let etag = kept.as_ref().map(|(_, _, etag)| etag.as_str());
         let answer = document(&self.client, url, etag, LARGEST_DOCUMENT, &self.patience).await?;
         match (answer, kept) {

@@ -145,7 +145,24 @@ fn yaml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         alias_limits: serde_saphyr::alias_limits! { max_total_replayed_events: 10_000 },
         with_snippet: false,
     };
-    serde_saphyr::from_str_with_options(text, options).map_err(|error| error.to_string())
+    serde_saphyr::from_str_with_options(text, options).map_err(|error| problem(&error))
+}
+
+/// What is wrong, and where, without anything of what stands there: the URL may lead to something that whoever reads the
+/// message may not see.
+fn problem(error: &serde_saphyr::Error) -> String {
+    let place = error.location().map_or(String::new(), |at| format!(" (line {}, column {})", at.line(), at.column()));
+    let text = error.to_string();
+    // The names of fields are ours.
+    match text.find("missing field `").and_then(|start| text[start..].split('`').nth(1)) {
+        Some(field) if !text.contains('"') => format!("the field `{field}` is missing{place}"),
+        Some(_) | None => format!("it is not written as such a document is{place}"),
+    }
+}
+
+/// A word that names a kind or a version of an interface, and nothing else.
+fn is_name(word: &str) -> bool {
+    word.len() <= 63 && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"./-".contains(&byte))
 }
 
 /// All fields of a document.
@@ -157,7 +174,7 @@ fn resource<T: DeserializeOwned>(bytes: &[u8], api_version: &str, kind: &str) ->
     let text = std::str::from_utf8(bytes).map_err(|_| "it is not text in UTF-8".to_owned())?;
     yaml(text).map_err(|problem| match yaml::<Identity>(text) {
         Ok(identity) if identity.api_version == api_version && identity.kind == kind => problem,
-        Ok(identity) if !identity.kind.is_empty() => {
+        Ok(identity) if !identity.kind.is_empty() && is_name(&identity.kind) && is_name(&identity.api_version) => {
             format!("it holds a {} of {}, not a {kind} of {api_version}", identity.kind, identity.api_version)
         }
         Ok(_) | Err(_) => format!("it holds no {kind} of {api_version} ({problem})"),
@@ -211,4 +228,41 @@ impl Document for Sums {
 pub(super) fn sha256(text: &str) -> Option<String> {
     let fits = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     fits.then(|| text.to_ascii_lowercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+
+    #[rstest]
+    #[case::token("aws-secret-0123456789")]
+    #[case::json(r#"{"AccessKeyId": "aws-secret-0123456789", "Token": "aws-secret-0123456789"}"#)]
+    #[case::value("apiVersion: anywhere.eks.amazonaws.com/v1alpha1\nkind: Release\nspec: aws-secret-0123456789")]
+    #[case::key("aws-secret-0123456789: 1\naws-secret-0123456789: 2")]
+    #[case::kind("kind: aws-secret-0123456789 and more")]
+    #[case::broken("a: [aws-secret-0123456789")]
+    #[case::quoted(
+        "apiVersion: anywhere.eks.amazonaws.com/v1alpha1\nkind: Release\nspec: \"missing field `aws-secret-0123456789`\""
+    )]
+    #[case::tag("!aws-secret-0123456789 x")]
+    #[case::alias("a: *aws-secret-0123456789")]
+    fn what_a_url_leads_to_by_mistake_or_on_purpose_is_not_told(#[case] text: &str) {
+        let problems = [
+            Releases::read(text.as_bytes()).unwrap_err(),
+            Bundles::read(text.as_bytes()).unwrap_err(),
+            DistroRelease::read(text.as_bytes()).unwrap_err(),
+            Checksum::read(text.as_bytes()).unwrap_err(),
+            value(text.as_bytes()).err().unwrap_or_default(),
+        ];
+        assert!(problems.iter().all(|problem| !problem.contains("secret")), "{problems:?}");
+    }
+
+    #[test]
+    fn what_a_manifest_lacks_is_told() {
+        let text = "apiVersion: anywhere.eks.amazonaws.com/v1alpha1\nkind: Release\nspec: {releases: []}";
+        let problem = Releases::read(text.as_bytes()).unwrap_err();
+        assert!(problem.contains("`latestVersion`") && problem.contains("line 3"), "{problem}");
+    }
 }

@@ -29,6 +29,7 @@ use self::{
 use crate::{
     contract::{Artifact, ResolvedRelease, Signatures},
     fetch::{Patience, listed_digest, shown},
+    reach::Reach,
 };
 
 /// The production release manifest (`EKS Anywhere`'s own default).
@@ -57,6 +58,13 @@ impl Resolver {
     #[must_use]
     pub fn allow_local_files(mut self) -> Self {
         self.documents.local_files = true;
+        self
+    }
+
+    /// Where the URLs may lead; its client must have the same limit.
+    #[must_use]
+    pub fn reaching(mut self, reach: Reach) -> Self {
+        self.documents.reach = reach;
         self
     }
 

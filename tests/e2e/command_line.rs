@@ -1,4 +1,5 @@
-//! The command line without a cluster: what a person downloads where the Internet is becomes an image where it is not.
+//! The command line without a cluster: what a person downloads where the Internet is becomes an image where it is not, and a
+//! template in the vCenter there.
 
 use std::{
     fs,
@@ -20,6 +21,7 @@ use tokio::{net::TcpListener, process::Command};
 use crate::{
     cluster::setting,
     mirror::{CHANNEL, base},
+    vsphere::{self, Vcenter},
 };
 
 /// Both sides have the mirror here, the second one in a network of its own.
@@ -123,7 +125,7 @@ async fn download(dir: &Path) {
 }
 
 /// Flags of the build, whose files are written into `dir`.
-fn flags(dir: &Path) -> Vec<String> {
+fn flags(dir: &Path, vcenter: &str) -> Vec<String> {
     // The base has the packages of the recipe; the private package source has no newer ones.
     fs::create_dir_all(dir.join("mirror/debian")).unwrap();
     fs::write(dir.join("mirror/debian/Packages"), "").unwrap();
@@ -135,6 +137,15 @@ fn flags(dir: &Path) -> Vec<String> {
     let files = json!({ "additional_files_list": [{ "src": "motd", "dest": "/etc/motd", "mode": 644 }] });
     fs::write(dir.join("files.json"), files.to_string()).unwrap();
     let config = json!({
+        "vcenter_server": vcenter,
+        "insecure_connection": "true",
+        "datacenter": "DC0",
+        "cluster": "DC0_C0",
+        "datastore": "LocalDS_0",
+        "network": "VM Network",
+        "folder": "templates",
+        "convert_to_template": "true",
+        "username": vsphere::USERNAME,
         "iso_url": base["url"],
         "iso_checksum": hex::encode(Sha256::digest(fs::read(source).unwrap())),
         "iso_checksum_type": "sha256",
@@ -145,35 +156,38 @@ fn flags(dir: &Path) -> Vec<String> {
         "extra_repos": dir.join("private.list"),
         "disable_public_repos": "true",
     });
-    fs::write(dir.join("baremetal.json"), config.to_string()).unwrap();
-    fs::set_permissions(dir.join("baremetal.json"), fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(dir.join("vsphere.json"), config.to_string()).unwrap();
+    fs::set_permissions(dir.join("vsphere.json"), fs::Permissions::from_mode(0o600)).unwrap();
     let line = format!(
-        "build --os debian --hypervisor baremetal --release-channel {CHANNEL} --eksa-release v0.26.1 \
-         --baremetal-config baremetal.json --files-config files.json --air-gapped \
+        "build --os debian --hypervisor vsphere --firmware efi --release-channel {CHANNEL} --eksa-release v0.26.1 \
+         --vsphere-config vsphere.json --files-config files.json --air-gapped \
          --manifest-tarball eks-a-manifests.tar --output json"
     );
     line.split_whitespace().map(ToOwned::to_owned).collect()
 }
 
 #[tokio::test]
-async fn an_ordinary_user_builds_an_image_in_a_network_that_has_only_the_private_mirror() {
+async fn an_ordinary_user_builds_a_template_in_a_network_that_has_only_the_private_mirror_and_vcenter() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
     download(dir.path()).await;
-    let (flags, here) = (flags(dir.path()), dir.path().to_owned());
+    let here = dir.path().to_owned();
     let scratch = tempfile::tempdir().unwrap();
     let users = scratch.path().to_owned();
-    let output = tokio::task::spawn_blocking(move || {
+    let (output, machines) = tokio::task::spawn_blocking(move || {
         without_network(async move || {
             // No documents here: those are in the archive alone.
             let roots = ["eks-a-artifacts", "eks-d-artifacts", "mirror"].map(|name| here.join(name));
             let base = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base");
             std::os::unix::fs::symlink(base, here.join("mirror/base")).unwrap();
             let mirror = tokio::spawn(serve(roots.to_vec()));
+            let vcenter = Vcenter::start_at("127.0.0.1");
+            let flags = flags(&here, &vcenter.server);
             add_user(&users);
-            let output = as_user(&here, &users).args(flags).output().await.unwrap();
+            let mut build = as_user(&here, &users);
+            let output = build.args(flags).env("EKSA_VSPHERE_PASSWORD", vsphere::PASSWORD).output().await.unwrap();
             mirror.abort();
-            output
+            (output, vcenter.machines().await)
         })
     })
     .await
@@ -183,7 +197,7 @@ async fn an_ordinary_user_builds_an_image_in_a_network_that_has_only_the_private
     let said = String::from_utf8_lossy(&output.stderr);
     let BuildReport::Succeeded(outcome) = report else { panic!("{report:?}\n{said}") };
     let BuildOutcome { image, verification, .. } = *outcome;
-    let path = dir.path().join(format!("debian-12-kube-{CHANNEL}.gz"));
+    let path = dir.path().join(format!("debian-12-kube-{CHANNEL}.ova"));
     assert_eq!(image.url.unwrap().to_file_path().unwrap(), path);
     assert!(verification.contains("booted"), "{verification}");
     let checked = Command::new("sha256sum")
@@ -194,6 +208,12 @@ async fn an_ordinary_user_builds_an_image_in_a_network_that_has_only_the_private
         .await
         .unwrap();
     assert!(checked.success());
+    let [template] = &machines[..] else { panic!("{machines:?}") };
+    let place = image.vsphere.map(|image| image.inventory_path);
+    assert_eq!((template["path"].as_str(), &template["template"]), (place.as_deref(), &json!(true)), "{template}");
+    let tags: Vec<_> = template["tags"].as_array().unwrap().iter().filter_map(|tag| tag.as_str()).collect();
+    assert!(matches!(tags[..], [eksd, "os/os:debian"] if eksd.starts_with("eksdRelease/eksdRelease:")), "{tags:?}");
+    assert!(!said.contains(vsphere::PASSWORD), "the password is printed");
     // Nothing but the image and its checksum is new.
     assert!(!dir.path().join(".image-builder").exists());
 }

@@ -1,6 +1,5 @@
 //! A template in vCenter: from `kubectl apply` to a tagged template whose disk boots by BIOS and that goes with its
-//! resource, and a wrong name that is told
-//! before anything is built. vCenter is govmomi's simulator.
+//! resource, and a wrong name that is told before anything is built. vCenter is govmomi's simulator.
 
 use std::{
     io::{BufRead, BufReader},
@@ -17,23 +16,25 @@ use crate::{
 };
 
 const LIMIT: Duration = Duration::from_secs(25 * 60);
+pub const USERNAME: &str = "builder@vsphere.local";
 /// The user's password, which must be found nowhere.
-const PASSWORD: &str = "canary-51d0e7aa93";
+pub const PASSWORD: &str = "canary-51d0e7aa93";
 
-/// A running vCenter on the host's end of the cluster's network; it ends with this.
-struct Vcenter {
+/// A running vCenter; it ends with this.
+pub struct Vcenter {
     process: Child,
     stdin: Option<ChildStdin>,
-    server: String,
+    pub server: String,
     disks: tempfile::TempDir,
 }
 
 impl Vcenter {
-    fn start() -> Self {
+    /// One at this address of the machine.
+    pub fn start_at(address: &str) -> Self {
         let disks = tempfile::tempdir().unwrap();
         let mut process = Command::new(setting("NIB_VCSIM"))
-            .args(["-username", "builder@vsphere.local", "-password", PASSWORD])
-            .args(["-listen", &format!("{}:0", setting("NIB_HOST_IP"))])
+            .args(["-username", USERNAME, "-password", PASSWORD])
+            .args(["-listen", &format!("{address}:0")])
             .arg("-disks")
             .arg(disks.path())
             .stdin(Stdio::piped())
@@ -52,7 +53,7 @@ impl Vcenter {
 
 impl Vcenter {
     /// The machines that are there, as govmomi's own client sees them.
-    async fn machines(&self) -> Vec<Value> {
+    pub async fn machines(&self) -> Vec<Value> {
         // Its certificate is made anew at each start.
         let client = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).build().unwrap();
         let answer = client.get(format!("https://{}/vcsim/inventory", self.server)).send().await.unwrap();
@@ -100,9 +101,9 @@ fn vsphere_spec(vcenter: &Vcenter) -> Value {
 
 #[tokio::test]
 async fn a_template_is_built_imported_tagged_booted_and_removed() {
-    let vcenter = Vcenter::start();
+    let vcenter = Vcenter::start_at(&setting("NIB_HOST_IP"));
     let namespace = TestNamespace::create("vsphere").await;
-    namespace.apply_secret("vcenter", json!({"username": "builder@vsphere.local", "password": PASSWORD})).await;
+    namespace.apply_secret("vcenter", json!({"username": USERNAME, "password": PASSWORD})).await;
 
     // A name that vCenter does not know is told at once, with those that are like it.
     let mut wrong = vsphere_spec(&vcenter);

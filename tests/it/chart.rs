@@ -4,57 +4,19 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::{Command, Output},
 };
 
 use node_image_builder::api::v1alpha1::NodeImageBuild;
 use serde_json::{Value, json};
 
-const KUBERNETES: &str = "1.34.4";
+use crate::support::chart::{KUBERNETES, chart, helm, of_kind, template};
 
-fn chart() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("charts/node-image-builder")
-}
-
-fn helm(args: &[&str]) -> Output {
-    Command::new("helm")
-        .args(args)
-        .output()
-        .expect("helm is not in PATH: run the tests by `make unit`, which builds it")
-}
-
-fn values_files() -> Vec<PathBuf> {
+/// Every combination of values that is tested.
+pub fn values_files() -> Vec<PathBuf> {
     let mut files: Vec<_> = fs::read_dir(chart().join("ci")).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("dev/values.yaml"));
     assert!(files.len() > 3);
     files
-}
-
-fn template(values: &Path) -> Result<Vec<Value>, String> {
-    let (chart, values) = (chart(), values.to_str().unwrap());
-    let args = [
-        "template",
-        "release",
-        chart.to_str().unwrap(),
-        "--namespace",
-        "ns",
-        "--kube-version",
-        KUBERNETES,
-        "-f",
-        values,
-    ];
-    let output = helm(&args);
-    if !output.status.success() {
-        return Err(String::from_utf8(output.stderr).unwrap());
-    }
-    let text = String::from_utf8(output.stdout).unwrap();
-    let documents =
-        text.split("\n---").filter(|part| part.lines().any(|line| !line.starts_with('#') && !line.trim().is_empty()));
-    Ok(documents.map(|document| serde_saphyr::from_str(document.trim_start_matches("---")).unwrap()).collect())
-}
-
-fn of_kind<'v>(objects: &'v [Value], kind: &str) -> Vec<&'v Value> {
-    objects.iter().filter(|object| object["kind"] == kind).collect()
 }
 
 #[test]
@@ -98,10 +60,72 @@ fn refuses_misspelt_values() {
     assert!(error.contains("publicUrl"), "{error}");
 }
 
+/// The keys of the values.
+fn keys(values: &Value, path: &str, found: &mut Vec<String>) {
+    for (key, value) in values.as_object().into_iter().flatten() {
+        let path = format!("{path}.{key}");
+        keys(value, &path, found);
+        found.push(path);
+    }
+}
+
+/// The keys that the schema knows.
+fn schema_keys(schema: &Value, path: &str, found: &mut Vec<String>) {
+    if !schema["properties"].is_object() {
+        return;
+    }
+    assert_eq!(schema["additionalProperties"], false, "{path} lets misspelt keys pass");
+    for (key, schema) in schema["properties"].as_object().unwrap() {
+        let path = format!("{path}.{key}");
+        let kind = ["type", "enum"].iter().any(|word| !schema[word].is_null());
+        assert!(kind, "the schema does not say what {path} is");
+        schema_keys(schema, &path, found);
+        found.push(path);
+    }
+}
+
+#[test]
+fn schema_and_values_have_the_same_keys() {
+    let read =
+        |file: &str| -> Value { serde_saphyr::from_str(&fs::read_to_string(chart().join(file)).unwrap()).unwrap() };
+    let (mut of_values, mut of_schema) = (vec![], vec![]);
+    schema_keys(&read("values.schema.json"), "", &mut of_schema);
+    keys(&read("values.yaml"), "", &mut of_values);
+    // Below these stands whatever Kubernetes takes there. `global` is helm's own.
+    let free = |path: &&String| {
+        let parent = path.rsplit_once('.').unwrap().0;
+        !["requests", "limits", "labels", "nodeSelector", "annotations"].iter().any(|name| parent.ends_with(name))
+            && *path != ".global"
+    };
+    let mut of_values: Vec<_> = of_values.iter().filter(free).collect();
+    let mut of_schema: Vec<_> = of_schema.iter().filter(free).collect();
+    of_values.sort();
+    of_schema.sort();
+    assert_eq!(of_values, of_schema);
+}
+
+#[test]
+fn what_is_extra_is_off_by_default() {
+    let objects = template(&chart().join("ci/minimal.yaml")).unwrap();
+    let everything = template(&chart().join("ci/everything.yaml")).unwrap();
+    for kind in ["NetworkPolicy", "ServiceMonitor", "PrometheusRule", "ConfigMap", "ResourceQuota", "PodMonitor"] {
+        assert!(of_kind(&objects, kind).is_empty(), "{kind}");
+        assert_eq!(of_kind(&everything, kind).is_empty(), kind == "PodMonitor", "{kind}");
+    }
+    let spread = &operator(&everything)["spec"]["template"]["spec"]["topologySpreadConstraints"];
+    assert_eq!(spread[0]["topologyKey"], "topology.kubernetes.io/zone");
+    let image = &environment(&everything)["IMAGE_BUILDER_BUILDER_IMAGE"];
+    assert!(image.ends_with(&format!("builder@sha256:{}", "1".repeat(64))), "{image}");
+}
+
 #[test]
 fn a_namespaced_operator_gets_no_cluster_role() {
     let objects = template(&chart().join("ci/one-namespace.yaml")).unwrap();
     assert!(of_kind(&objects, "ClusterRole").is_empty() && of_kind(&objects, "ClusterRoleBinding").is_empty());
+    let gitops = template(&chart().join("ci/gitops.yaml")).unwrap();
+    let [clusters] = &of_kind(&gitops, "ClusterRole")[..] else { panic!("{gitops:#?}") };
+    assert_eq!(clusters["rules"].as_array().unwrap().len(), 1, "readClusters gives nothing but that");
+    assert_eq!(clusters["rules"][0]["verbs"], json!(["list"]));
     let roles = of_kind(&objects, "Role").into_iter().map(|role| role["metadata"]["namespace"].as_str().unwrap());
     assert_eq!(roles.collect::<Vec<_>>(), ["node-images", "ns"], "its work, and its lease where it runs");
 }

@@ -801,6 +801,8 @@ async fn every_field_of_the_status_is_stored_as_written() {
             start_time: Some(time.clone()),
             completion_time: Some(time),
             image_url: Some("http://images.example.com/w.gz".into()),
+            image_name: Some("image.gz".into()),
+            image_uuid: None,
             sha256: Some("0".repeat(64)),
             release: Some(release),
             reason: Some("Published".into()),

@@ -24,6 +24,8 @@ const PLACES: &[&str] = &[
     r"\bcancel\(\w+,\s*",
     // The reason for an object that is not there, by its kind.
     r"ObjectKind::\w+ => ",
+    // A Secret that builds get nothing of.
+    r"Lookup::Guarded\(what\)\) => Some\(\(\s*",
 ];
 
 /// The body of each `fn reason`, which gives an error's.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use node_image_builder::{
-    contract::{Artifact, Base, BaseChecksum, Classified, FailureClass, ProgressLine, Proxy},
+    contract::{Archive, Artifact, BaseChecksum, Classified, FailureClass, ProgressLine, Proxy},
     error::Chain,
     fetch::{FetchError, Fetcher, Patience, TransportError},
     http,
@@ -672,7 +672,7 @@ async fn base_is_verified_by_each_kind_of_digest() {
         (BaseChecksum::Sha256Sums(server.url("/SHA256SUMS")), format!("sha256:{}", sha256(&content()))),
     ] {
         let dir = TempDir::new().unwrap();
-        let base = Base { url: url.clone(), checksum };
+        let base = Archive { url: url.clone(), checksum };
         let (path, found) = fetcher(client(), &dir).fetch_base(&base, quiet).await.unwrap();
         assert_eq!((fs::read(path).unwrap(), found), (content(), digest));
     }
@@ -695,7 +695,8 @@ async fn base_that_its_list_does_not_name_is_refused() {
         ),
         ("/MD5SUMS", "NotFound", "/MD5SUMS"),
     ] {
-        let base = Base { url: server.url("/jammy-root.tar.xz"), checksum: BaseChecksum::Sha256Sums(server.url(list)) };
+        let base =
+            Archive { url: server.url("/jammy-root.tar.xz"), checksum: BaseChecksum::Sha256Sums(server.url(list)) };
         let error = fetcher(client(), &dir).fetch_base(&base, quiet).await.unwrap_err();
         assert_eq!((error.class(), error.reason()), (FailureClass::BadInput, reason));
         assert!(error.to_string().contains(part), "{error}");

@@ -12,6 +12,8 @@ mod failures;
 mod fetch;
 mod image_contract;
 mod imagebuilder;
+mod installed;
+mod monitoring;
 mod nutanix;
 mod ova;
 mod package;

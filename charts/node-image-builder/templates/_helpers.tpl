@@ -62,3 +62,10 @@ allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end -}}
+
+{{/* Rule: which images the clusters name, so that none of them is removed. */}}
+{{- define "nib.readClusters" }}  # Which images EKS Anywhere's clusters name, before an older image is removed.
+  - apiGroups: [anywhere.eks.amazonaws.com]
+    resources: [tinkerbelldatacenterconfigs, tinkerbellmachineconfigs, vspheremachineconfigs, nutanixmachineconfigs]
+    verbs: [list]
+{{- end -}}

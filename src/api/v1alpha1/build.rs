@@ -166,6 +166,15 @@ pub struct Rebuild {
     pub on_new_release: bool,
 }
 
+/// Which published images stay. Without it all of them do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Retention {
+    /// How many images stay, 1 to 50: the newest ones, and besides them those that a `TinkerbellDatacenterConfig`,
+    /// `TinkerbellMachineConfig`, `VSphereMachineConfig` or `NutanixMachineConfig` in the cluster names.
+    #[schemars(range(min = 1, max = 50))]
+    pub keep: u32,
+}
+
 /// How many finished builds stay in `status.history`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct History {

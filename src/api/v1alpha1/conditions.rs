@@ -10,3 +10,6 @@ pub const STALLED: &str = "Stalled";
 /// `True` while something that a build left in vCenter or Prism Central could not be removed; the message says why and
 /// what to do. Absent otherwise. It says nothing about the image.
 pub const CLEAN_UP_FAILED: &str = "CleanUpFailed";
+/// `True` while older images that `spec.retention` would remove stay, because nobody can see whether a cluster uses them.
+/// Absent otherwise. It says nothing about the newest image.
+pub const RETENTION_BLOCKED: &str = "RetentionBlocked";

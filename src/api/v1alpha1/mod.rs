@@ -23,7 +23,7 @@ use kube::CustomResourceExt;
 
 pub use self::{
     bare_metal::BareMetal,
-    build::{Build, DeletionPolicy, Engine, History, ImageBuilder, Rebuild, Resources, Verify},
+    build::{Build, DeletionPolicy, Engine, History, ImageBuilder, Rebuild, Resources, Retention, Verify},
     contents::{Base, Epel, File, Os, Packages, Repository, Source, Subscription},
     nutanix::{Nutanix, NutanixCluster},
     publish::{ArtifactServer, Http, Publish, S3},

@@ -39,7 +39,8 @@ pub struct Nutanix {
     /// is taken fails the build.
     #[serde(default)]
     pub replace_existing: bool,
-    /// Name of an image in Prism Central to start from, instead of `spec.base`, e.g. `ubuntu-22.04-server`.
+    /// Name of an image in Prism Central to start from, instead of `spec.base`, e.g. `ubuntu-22.04-server`: the disk of
+    /// the system that `spec.os` names, with its files in ext4 partitions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     pub source_image_name: Option<String>,

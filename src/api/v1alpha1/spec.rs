@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     bare_metal::BareMetal,
-    build::{Build, DeletionPolicy, Engine, History, ImageBuilder, Rebuild, Verify},
+    build::{Build, DeletionPolicy, Engine, History, ImageBuilder, Rebuild, Retention, Verify},
     contents::{Base, File, Os, Packages, Source, Subscription},
     nutanix::Nutanix,
     publish::{ArtifactServer, Publish},
@@ -184,6 +184,10 @@ pub struct NodeImageBuildSpec {
     #[serde(default)]
     #[schemars(extend("default" = {}))]
     pub history: History,
+    /// Removes older images from the artifact server, vCenter and Prism Central, e.g. `{keep: 3}`. Default all images stay.
+    /// With it, a successful build stays in `status.history` as long as its image does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
     /// What becomes of published images when this resource is deleted: `Retain` (they stay) or `Delete`. Default
     /// `Retain`, because clusters go on to install nodes from them.
     #[serde(default)]

@@ -19,7 +19,8 @@ pub struct NodeImageBuildStatus {
     /// Summary for people: `Pending`, `Queued`, `Building`, `Ready`, `Failed` or `Suspended`. Programs read the conditions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// `Ready`, `Reconciling` and `Stalled`, with the meaning that kstatus gives them.
+    /// `Ready`, `Reconciling` and `Stalled`, with the meaning that kstatus gives them; `CleanUpFailed` and
+    /// `RetentionBlocked` where something is left that is to go.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
     pub conditions: Vec<Condition>,
@@ -210,6 +211,12 @@ pub struct HistoryEntry {
     /// Where its image is.
     #[serde(rename = "imageURL", default, skip_serializing_if = "Option::is_none")]
     pub image_url: Option<String>,
+    /// Name of its file, of its template in vCenter or of its image in Prism Central.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_name: Option<String>,
+    /// UUID of its image in Prism Central.
+    #[serde(rename = "imageUUID", default, skip_serializing_if = "Option::is_none")]
+    pub image_uuid: Option<String>,
     /// SHA-256 of its image, 64 lower-case hexadecimal digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,

@@ -134,6 +134,7 @@ pub(crate) fn translate(wanted: Wanted, name: &str, warnings: &mut Vec<String>) 
         image_builder: (engine == Engine::ImageBuilder).then(|| image_builder(&choice, &config)),
         suspend: false,
         history: History::default(),
+        retention: None,
         deletion_policy: DeletionPolicy::default(),
     };
     Ok(Translation { spec, secrets, files, ending: ending(&config.provider) })

@@ -69,8 +69,21 @@ pub(super) struct ClusterUuid {
 pub(super) struct Resources {
     /// Of an image: bytes of the disk that machines get from it.
     pub(super) size_bytes: Option<u64>,
+    /// Of an image: `DISK_IMAGE` or `ISO_IMAGE`.
+    pub(super) image_type: String,
+    /// Of an image: what its maker has said, or Prism Central has found, of the file that it was made from.
+    pub(super) checksum: Option<Checksum>,
     /// Of a cluster.
     pub(super) config: ClusterConfig,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Checksum {
+    /// `SHA_1` or `SHA_256`.
+    pub(super) checksum_algorithm: String,
+    /// In hexadecimal.
+    pub(super) checksum_value: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

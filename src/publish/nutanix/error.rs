@@ -1,6 +1,6 @@
 //! Why an image did not get into Prism Central, and who has to act.
 
-use std::{error::Error, time::Duration};
+use std::{error::Error, io, path::PathBuf, time::Duration};
 
 use crate::{
     contract::{Classified, FailureClass},
@@ -10,7 +10,7 @@ use crate::{
     secret::SecretError,
 };
 
-/// Why Prism Central has no new image. Unless the message says otherwise nothing of the build is left there.
+/// Why Prism Central has no new image, or gave none. Unless the message says otherwise nothing of the build is left there.
 #[derive(Debug, thiserror::Error)]
 pub enum NutanixError {
     #[error(transparent)]
@@ -71,7 +71,13 @@ pub enum NutanixError {
     OldImageStays { server: String, name: String, uuid: String, answer: String },
     #[error("the image is packaged as {format}, and Prism Central gets a qcow2")]
     NotQcow2 { format: &'static str },
-    #[error("publishing was cancelled")]
+    #[error(
+        "the source image `{name}` did not come whole from {server} ({answer}); if it stays so, upload that image there anew"
+    )]
+    SourceCorrupted { server: String, name: String, answer: String },
+    #[error("can not write {} of the source image", .path.display())]
+    Disk { path: PathBuf, source: io::Error },
+    #[error("the work with Prism Central was cancelled")]
     Cancelled,
 }
 
@@ -91,10 +97,12 @@ impl Classified for NutanixError {
             | Self::Ambiguous { .. }
             | Self::Refused { .. }
             | Self::OldImageStays { .. } => FailureClass::BadInput,
-            Self::Full { .. } => FailureClass::Environment,
-            Self::Unavailable { .. } | Self::ClusterAway { .. } | Self::Failed { .. } | Self::Corrupted { .. } => {
-                FailureClass::Transient
-            }
+            Self::Full { .. } | Self::Disk { .. } => FailureClass::Environment,
+            Self::Unavailable { .. }
+            | Self::ClusterAway { .. }
+            | Self::Failed { .. }
+            | Self::Corrupted { .. }
+            | Self::SourceCorrupted { .. } => FailureClass::Transient,
             Self::NotQcow2 { .. } => FailureClass::Internal,
             Self::Cancelled => FailureClass::Cancelled,
         }
@@ -120,6 +128,9 @@ impl Classified for NutanixError {
             Self::Failed { .. } => "PrismTaskFailed",
             Self::Corrupted { .. } => "UploadCorrupted",
             Self::OldImageStays { .. } => "OldImageNotRemoved",
+            Self::SourceCorrupted { .. } => "SourceImageCorrupted",
+            Self::Disk { source, .. } if source.kind() == io::ErrorKind::StorageFull => "DiskFull",
+            Self::Disk { .. } => "WorkDirectoryUnusable",
             Self::NotQcow2 { .. } => "NotAQcow2",
             Self::Cancelled => "Cancelled",
         }

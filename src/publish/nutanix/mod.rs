@@ -1,4 +1,4 @@
-//! Images in Prism Central: checks before anything is built, the upload of an image, and the removal of what a build that
+//! Images in Prism Central: checks before anything is built, the image that it starts from, the upload of an image, and the removal of what a build that
 //! ended early has left. The v3 API, which the EKS Anywhere tool uses too.
 //!
 //! v3 does not tell how much room a cluster has; that there is none is found out when the image is put there.
@@ -8,19 +8,20 @@ mod error;
 mod images;
 mod place;
 mod prism;
+mod source;
 mod upload;
 
-use std::time::Duration;
+use std::{path::Path, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 
-pub use self::error::NutanixError;
+pub use self::{error::NutanixError, source::SourceDisk};
 use self::{
     prism::{Login, Prism},
     upload::{Upload, working_name},
 };
 use crate::{
-    contract::{BuildRequest, NutanixTarget, Proxy, Stage},
+    contract::{Base, BuildRequest, NutanixTarget, PrismSource, Proxy, Stage},
     http,
     package::{Format, ImageSource, Summary},
     progress::Reporter,
@@ -31,6 +32,9 @@ use crate::{
 const UPLOAD_TIMEOUT: Duration = Duration::from_secs(6 * 60 * 60);
 /// A check before a build is not worth a longer wait.
 const PREFLIGHT_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Share of fetching that the image takes which a build starts from: it is the largest file by far.
+const SOURCE_SHARE: f64 = 0.8;
 
 /// A finished image in Prism Central.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -76,8 +80,27 @@ impl Nutanix {
     pub async fn preflight(&self, request: &BuildRequest) -> Result<(), NutanixError> {
         let prism = self.open(self.patience.min(PREFLIGHT_PATIENCE))?;
         let work = async {
-            place::check(&prism, &self.target).await?;
+            let source = match &request.base {
+                Base::PrismImage(source) => Some(source.prism_image.as_str()),
+                Base::Archive(_) | Base::Recipe => None,
+            };
+            place::check(&prism, &self.target, source).await?;
             upload::occupants(&prism, &self.target, &request.identity).await.map(drop)
+        };
+        self.cancel.run_until_cancelled(work).await.unwrap_or(Err(NutanixError::Cancelled))
+    }
+
+    /// Downloads the image that the build starts from to the new file `path`.
+    pub async fn fetch_source(&self, source: &PrismSource, path: &Path) -> Result<SourceDisk, NutanixError> {
+        let prism = self.open(self.patience)?;
+        let work = async {
+            let image = source::find(&prism, &source.prism_image).await?;
+            let image = image.map_err(|problem| place::not_found(&prism, vec![problem]))?;
+            let tell = |share: f64| {
+                let message = format!("downloading {} from {}", source.prism_image, prism.server);
+                self.reporter.report(Stage::Fetch, SOURCE_SHARE * share, message);
+            };
+            source::download(&prism, &image, path, tell).await
         };
         self.cancel.run_until_cancelled(work).await.unwrap_or(Err(NutanixError::Cancelled))
     }

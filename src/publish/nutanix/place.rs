@@ -1,6 +1,6 @@
 //! The objects that a target names, found in Prism Central, or what is wrong with their names.
 
-use super::{NutanixError, documents::Entity, prism::Prism};
+use super::{NutanixError, documents::Entity, prism::Prism, source};
 use crate::contract::{ClusterReference, NutanixTarget};
 
 /// Names that are shown where the wanted one is missing.
@@ -29,8 +29,8 @@ fn available(prism: &Prism, cluster: Cluster) -> Result<Cluster, NutanixError> {
     Err(NutanixError::ClusterAway { server: prism.server.clone(), cluster: cluster.name })
 }
 
-/// Finds everything that the target names, and tells all that is wrong at once.
-pub(super) async fn check(prism: &Prism, target: &NutanixTarget) -> Result<(), NutanixError> {
+/// Finds everything that the target names, and the image `source` to start from, and tells all that is wrong at once.
+pub(super) async fn check(prism: &Prism, target: &NutanixTarget, source: Option<&str>) -> Result<(), NutanixError> {
     let clusters = prism.list("cluster", None).await?;
     let mut problems = vec![];
     let found = find_cluster(&clusters, &target.cluster).map_err(|problem| problems.push(problem)).ok();
@@ -45,13 +45,16 @@ pub(super) async fn check(prism: &Prism, target: &NutanixTarget) -> Result<(), N
             problems.push(format!("categories `{name}: {value}`: create the category and its value there first"));
         }
     }
+    if let Some(name) = source {
+        problems.extend(source::find(prism, name).await?.err());
+    }
     match found {
         Some(cluster) if problems.is_empty() => available(prism, cluster).map(drop),
         _ => Err(not_found(prism, problems)),
     }
 }
 
-fn not_found(prism: &Prism, problems: Vec<String>) -> NutanixError {
+pub(super) fn not_found(prism: &Prism, problems: Vec<String>) -> NutanixError {
     NutanixError::NotFound { server: prism.server.clone(), problems }
 }
 
@@ -105,7 +108,7 @@ fn subnet_problem(subnets: &[Entity], wanted: &str, cluster: Option<&Cluster>) -
 }
 
 /// What there is instead, the most alike first.
-fn near(wanted: &str, mut names: Vec<String>) -> String {
+pub(super) fn near(wanted: &str, mut names: Vec<String>) -> String {
     if names.is_empty() {
         return "there is none that the user may see".to_owned();
     }

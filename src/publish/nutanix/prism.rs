@@ -58,7 +58,7 @@ pub(super) struct Login {
 }
 
 /// What Prism Central says to a request, as far as the work goes on with it.
-enum Answer {
+pub(super) enum Answer {
     Done(Response),
     /// There is no such entity.
     Missing,
@@ -192,6 +192,15 @@ impl Prism {
         NutanixError::Failed { server: self.server.clone(), action: action.to_owned(), message }
     }
 
+    /// Asks for the bytes of an image.
+    pub(super) async fn file(&self, uuid: &str) -> Result<Answer, NutanixError> {
+        self.send("read the image's bytes", self.client.get(self.file_url(uuid))).await
+    }
+
+    pub(super) fn file_url(&self, uuid: &str) -> Url {
+        self.url(&["images", uuid, "file"])
+    }
+
     /// Sends the bytes of an image, which are what `summary` says.
     pub(super) async fn upload(
         &self,
@@ -202,7 +211,7 @@ impl Prism {
     ) -> Result<Sent, NutanixError> {
         let request = self
             .uploads
-            .put(self.url(&["images", uuid, "file"]))
+            .put(self.file_url(uuid))
             .header(header::CONTENT_TYPE, "application/octet-stream")
             .header(header::CONTENT_LENGTH, summary.size)
             .header("X-Nutanix-Checksum-Type", "SHA_256")

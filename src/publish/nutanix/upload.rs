@@ -281,6 +281,6 @@ fn description(request: &BuildRequest) -> String {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shown as a percentage")]
-fn share(part: u64, whole: u64) -> f64 {
+pub(super) fn share(part: u64, whole: u64) -> f64 {
     part as f64 / whole.max(1) as f64
 }

@@ -3,6 +3,7 @@
 mod build;
 mod download;
 mod manifest;
+mod nodeimage;
 mod ordinary_user;
 mod provider;
 mod stop;
@@ -49,7 +50,15 @@ async fn every_command_explains_itself_and_has_a_manual_page() {
     let written = run(dir.path(), &["man", "pages"]).await;
     assert!(written.status.success(), "{}", text(&written.stderr));
     let pages = names(&dir.path().join("pages"));
-    for words in [&["build"][..], &["manifest"], &["download", "manifests"], &["download", "artifacts"], &["doctor"]] {
+    for words in [
+        &["build"][..],
+        &["manifest"],
+        &["download", "manifests"],
+        &["download", "artifacts"],
+        &["doctor"],
+        &["status"],
+        &["nodeimage", "list"],
+    ] {
         let help = run(dir.path(), &[words, &["--help"]].concat()).await;
         assert!(help.status.success() && text(&help.stdout).contains("Usage: image-builder"), "{words:?}");
         let page = format!("image-builder-{}.1", words.join("-"));

@@ -1,7 +1,7 @@
 //! Builds for vSphere and Nutanix: the provider is asked only where the image is to go there, by credentials that stay in
 //! memory.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command};
 
 use node_image_builder::contract::{FailureClass, Stage};
 use serde_json::{Value, json};
@@ -11,6 +11,7 @@ use super::{
     text,
 };
 use crate::{
+    nutanix::prism::{self, CLUSTER, Prism},
     support::bad_server::{Answer, BadServer},
     vsphere::peer::{PASSWORD, USERNAME, Vcenter},
 };
@@ -78,4 +79,58 @@ async fn a_template_is_looked_after_in_vcenter_first_with_a_password_that_is_wri
     assert_eq!((failure.stage, failure.reason.as_str()), (Stage::Install, "NotARootFileSystem"), "{failure:?}");
     let said = [text(&output.stdout), text(&output.stderr)];
     assert!(contents(dir.path()).iter().chain(&said).all(|text| !text.contains(PASSWORD)));
+}
+
+/// A disk with a system that is not the one that is built.
+fn other_system(dir: &Path) -> std::path::PathBuf {
+    let tree = dir.join("tree");
+    for directory in ["bin", "etc", "sbin", "usr/bin", "usr/lib"] {
+        fs::create_dir_all(tree.join(directory)).unwrap();
+    }
+    for program in ["bin/sh", "usr/bin/dpkg", "sbin/init"] {
+        fs::write(tree.join(program), "").unwrap();
+    }
+    fs::write(tree.join("usr/lib/os-release"), "ID=debian\nVERSION_ID=\"12\"\n").unwrap();
+    symlink("../usr/lib/os-release", tree.join("etc/os-release")).unwrap();
+    let disk = dir.join("disk");
+    let made =
+        Command::new("mke2fs").args(["-q", "-t", "ext4", "-d"]).args([&tree, &disk]).arg("32M").status().unwrap();
+    assert!(made.success());
+    disk
+}
+
+/// Needs root, as a build does; `make test` has it.
+#[tokio::test]
+async fn an_image_in_prism_central_is_downloaded_and_must_be_the_system_that_is_built() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let (dir, mirror) = (tempfile::tempdir().unwrap(), BadServer::start(|request, _| mirror(request)).await);
+    let scratch = tempfile::tempdir().unwrap();
+    let prism = Prism::start().await;
+    let settings = json!({
+        "nutanix_endpoint": "127.0.0.1",
+        "nutanix_port": prism.port.to_string(),
+        "nutanix_insecure": "true",
+        "nutanix_cluster_name": CLUSTER,
+        "nutanix_subnet_name": "vm-network",
+        "nutanix_username": prism::USERNAME,
+        "nutanix_password": prism::PASSWORD,
+        "image_name": "ubuntu-2204-kube-1-31",
+        "source_image_name": "golden",
+    });
+    let flags = air_gapped_for("nutanix", &settings, dir.path(), &mirror);
+    let output = build(dir.path()).args(&flags).output().await.unwrap();
+    let missing = failure(&output);
+    assert_eq!((missing.stage, missing.reason.as_str()), (Stage::Prepare, "PrismObjectNotFound"), "{missing:?}");
+    assert!(missing.message.contains("sourceImageName `golden`"), "{missing:?}");
+
+    let uuid = prism.add_disk("golden", &other_system(scratch.path()));
+    let output = build(dir.path()).args(&flags).output().await.unwrap();
+    let failure = failure(&output);
+    assert_eq!((failure.stage, failure.reason.as_str()), (Stage::Install, "BaseIsAnotherSystem"), "{failure:?}");
+    assert!(failure.message.contains("the base is debian 12 and spec.os is ubuntu 22.04"), "{failure:?}");
+    assert!(text(&output.stderr).contains("downloading golden from 127.0.0.1"), "{}", text(&output.stderr));
+    assert_eq!(mirror.count("/base.tar"), 0);
+    assert_eq!(prism.images(), [("golden".to_owned(), uuid)]);
 }

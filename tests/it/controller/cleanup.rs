@@ -22,6 +22,7 @@ use node_image_builder::{
         context::Lifecycle,
         plan::{Inputs, Observed, Plan, plan},
         queue::Admission,
+        retention::Usage,
         validate,
     },
 };
@@ -239,6 +240,7 @@ fn deleted(ago: Duration, state: CleanUp, now: Timestamp) -> Observed {
         pod_refusals: [].into(),
         progress: None,
         manifest_changed: false,
+        usage: Usage::NotNeeded,
         outside: Outside {
             builds: [(id.clone(), vec![])].into(),
             clean_ups: [((id, Scope::HalfMade), state)].into(),

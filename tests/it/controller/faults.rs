@@ -1,6 +1,9 @@
 //! What happens to an API server: restarts, forgotten history, other writers, overload, a network that is cut.
 
-use std::{convert::Infallible, sync::Mutex};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex},
+};
 
 use futures::{StreamExt, TryStreamExt, stream};
 use k8s_openapi::api::{
@@ -48,8 +51,8 @@ async fn is_forgotten(api: &Api<NodeImageBuild>, version: &str) -> bool {
 
 #[tokio::test]
 async fn operator_goes_on_after_a_restart_of_the_api_server_that_forgot_its_history() {
-    let server = apiserver::own().await;
-    let mut harness = Harness::of(server.client().await, "restart").await;
+    let server = Arc::new(apiserver::own().await);
+    let mut harness = Harness::on(Arc::clone(&server), "restart").await;
     harness.start_operator();
     harness.create("running", json!({})).await;
     let running = harness.job("running").await;
@@ -103,7 +106,7 @@ async fn build_that_ended_while_the_network_was_cut_is_picked_up_when_it_is_back
 #[tokio::test]
 async fn other_writers_conflict_with_the_operator_and_nothing_is_lost() {
     let harness = Harness::without_operator("conflict").await;
-    let operator = harness.one_more_operator(harness.client.clone(), harness.settings(), None);
+    let operator = harness.one_more_operator(harness.operator_client.clone(), harness.settings(), None);
     let mut builds = 0;
     let conflict = async {
         while failed(&operator.metrics, "Conflict") == 0 {
@@ -111,9 +114,12 @@ async fn other_writers_conflict_with_the_operator_and_nothing_is_lost() {
             builds += 1;
             let api = harness.api::<NodeImageBuild>();
             harness.create(&name, json!({})).await;
-            // Somebody who does not stop writing, as a GitOps tool with labels of its own.
+            // Somebody who does not stop writing before they have met, as a GitOps tool with labels of its own.
             let writing = async {
                 for n in 0.. {
+                    if failed(&operator.metrics, "Conflict") > 0 {
+                        std::future::pending::<()>().await;
+                    }
                     let patch = json!({ "metadata": { "labels": { "theirs": format!("{n}") } } });
                     api.patch(&name, &PatchParams::apply("theirs"), &Patch::Merge(patch)).await.unwrap();
                 }
@@ -262,8 +268,8 @@ async fn lose_pods(harness: &Harness) {
 async fn builds_end_ready_whatever_is_killed_meanwhile_and_leave_nothing_behind() {
     const BUILDS: usize = 50;
     const SEED: u64 = 0x6e69_625f_6c69_6665;
-    let server = apiserver::own().await;
-    let mut harness = Harness::of(server.client().await, "random").await;
+    let server = Arc::new(apiserver::own().await);
+    let mut harness = Harness::on(Arc::clone(&server), "random").await;
     harness.start_operator();
     for n in 0..BUILDS {
         harness.create(&format!("image-{n:02}"), json!({})).await;

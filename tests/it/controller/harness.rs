@@ -26,7 +26,6 @@ use kube::{
     Api, Client, Config, ResourceExt,
     api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
     client::{Body as KubeBody, ClientBuilder},
-    config::{KubeConfigOptions, Kubeconfig},
 };
 use node_image_builder::{
     api::v1alpha1::{NodeImageBuild, NodeImageBuildStatus, Phase},
@@ -35,10 +34,11 @@ use node_image_builder::{
     },
     controller::{
         Operator,
-        context::{ArtifactServerSettings, Lifecycle, Settings},
+        context::{ArtifactServerSettings, Lifecycle, Placement, Settings},
         lease::LeaseSettings,
         metrics::Metrics,
     },
+    reach::Reach,
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -49,7 +49,7 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use crate::support::apiserver;
+use crate::support::apiserver::{self, ApiServer};
 
 /// Longest time until something that must happen has happened.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -60,11 +60,17 @@ const DISTRO: &str = include_str!("../documents/kubernetes-1-31-eks-47.yaml");
 
 /// A namespace, a mirror, an artifact server that remembers what was deleted, and possibly an operator.
 pub struct Harness {
+    /// An administrator's.
     pub client: Client,
+    /// An operator's: that of the chart's service account.
+    pub operator_client: Client,
     pub namespace: String,
     pub mirror: Arc<Mirror>,
     pub key: SigningKey,
     operator: Option<Running>,
+    server: Server,
+    /// Length of the audit log when the test began.
+    audited: u64,
 }
 
 /// A release mirror and the artifact server's place, on one port.
@@ -147,11 +153,19 @@ impl Harness {
     }
 
     pub async fn without_operator(prefix: &str) -> Self {
-        Self::of(apiserver::client().await, prefix).await
+        Self::with(Server::Shared(apiserver::shared().await), prefix).await
     }
 
-    /// Everything but an operator, on the API server of this client.
-    pub async fn of(client: Client, prefix: &str) -> Self {
+    /// Everything but an operator, on an API server of the test's own.
+    pub async fn on(server: Arc<ApiServer>, prefix: &str) -> Self {
+        Self::with(Server::Own(server), prefix).await
+    }
+
+    async fn with(server: Server, prefix: &str) -> Self {
+        let client = server.client().await;
+        let config = server.config_of(apiserver::RELEASE, apiserver::RELEASE).await;
+        let operator_client = Client::try_from(config).unwrap();
+        let audited = server.audited();
         let namespace = apiserver::namespace(&client, prefix).await;
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let state = Arc::new(Mirror {
@@ -167,15 +181,19 @@ impl Harness {
         let router = Router::new().fallback(mirror).with_state(Arc::clone(&state));
         tokio::spawn(async move { axum::serve(listener, router).await });
         let key = SigningKey::new(&[7; 32]).unwrap();
-        Self { client, namespace, mirror: state, key, operator: None }
+        Self { client, operator_client, namespace, mirror: state, key, operator: None, server, audited }
     }
 
     pub fn settings(&self) -> Settings {
         Settings {
             builder_image: "registry.example.com/builder:1".to_owned(),
+            image_builder_image: "upstream".into(),
             release_manifest_url: format!("{}/manifest.yaml", self.mirror.url).parse().unwrap(),
             builder_service_account: None,
             lifecycle: Lifecycle::default(),
+            // The mirror is on this machine.
+            reach: Reach::Anywhere,
+            placement: Placement::default(),
             artifact_server: Some(ArtifactServerSettings {
                 upload_url: self.mirror.url.parse().unwrap(),
                 public_url: "http://images.example.com".parse().unwrap(),
@@ -186,7 +204,7 @@ impl Harness {
 
     pub fn start_operator(&mut self) {
         let settings = self.settings();
-        self.start_operator_with(self.client.clone(), settings);
+        self.start_operator_with(self.operator_client.clone(), settings);
     }
 
     pub fn start_operator_with(&mut self, client: Client, settings: Settings) {
@@ -195,21 +213,30 @@ impl Harness {
 
     /// An operator beside the harness's own.
     pub fn one_more_operator(&self, client: Client, settings: Settings, lease: Option<LeaseSettings>) -> Running {
+        Self::run_operator(client, Some(self.namespace.clone()), settings, lease)
+    }
+
+    /// An operator for one namespace, or for all.
+    pub fn run_operator(
+        client: Client,
+        namespace: Option<String>,
+        settings: Settings,
+        lease: Option<LeaseSettings>,
+    ) -> Running {
         let (metrics, ready) = (Arc::default(), Arc::default());
-        let operator = Operator {
-            client,
-            namespace: Some(self.namespace.clone()),
-            settings,
-            lease,
-            metrics: Arc::clone(&metrics),
-            ready: Arc::clone(&ready),
-        };
+        let operator =
+            Operator { client, namespace, settings, lease, metrics: Arc::clone(&metrics), ready: Arc::clone(&ready) };
         let (stop, stopped) = oneshot::channel();
         let shutdown = async {
             let _ = stopped.await;
         };
         let task = tokio::spawn(async move { operator.run(shutdown).await.unwrap() });
         Running { stop, task, metrics, ready }
+    }
+
+    /// What the operators of this test asked of the API server so far.
+    pub fn audit(&self) -> Vec<Value> {
+        self.server.audit(self.audited)
     }
 
     /// Stops the operator as SIGTERM does, and waits until it ended.
@@ -269,17 +296,22 @@ impl Harness {
         self.until(name, "ready", |status| status.phase == Some(Phase::Ready)).await
     }
 
+    /// The mirror as the source of releases.
+    pub fn source(&self) -> Value {
+        json!({
+            "releaseManifestURL": format!("{}/releases/eks-a/manifest.yaml", self.mirror.url),
+            "eksaBaseURL": self.mirror.url,
+            "eksdBaseURL": self.mirror.url,
+        })
+    }
+
     /// A specification that takes its release from the mirror.
     fn spec(&self, more: &Value) -> Value {
         let mut spec = json!({
             "os": { "name": "ubuntu", "version": "22.04" },
             "releaseChannel": "1-31",
             "baremetal": {},
-            "source": {
-                "releaseManifestURL": format!("{}/releases/eks-a/manifest.yaml", self.mirror.url),
-                "eksaBaseURL": self.mirror.url,
-                "eksdBaseURL": self.mirror.url,
-            },
+            "source": self.source(),
         });
         spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         spec
@@ -469,17 +501,19 @@ impl Traffic {
         Self(Arc::new(TrafficInner { last: Some(writes), ..TrafficInner::default() }))
     }
 
-    /// A client whose requests are counted.
+    /// An operator's client whose requests are counted.
     pub async fn client(&self) -> Client {
-        self.client_as(None).await
+        self.count(apiserver::shared().await.config_of(apiserver::RELEASE, apiserver::RELEASE).await)
     }
 
-    /// The same, on behalf of a user who is no administrator.
+    /// The same for an administrator, on behalf of a user if one is given.
     pub async fn client_as(&self, user: Option<&str>) -> Client {
-        let kubeconfig = Kubeconfig::read_from(apiserver::kubeconfig().await).unwrap();
-        let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
-        config.default_retry = false;
+        let mut config = apiserver::shared().await.config().await;
         config.auth_info.impersonate = user.map(ToOwned::to_owned);
+        self.count(config)
+    }
+
+    fn count(&self, config: Config) -> Client {
         let traffic = self.clone();
         let gate = tower::filter::FilterLayer::new(move |request: Request<KubeBody>| traffic.pass(request));
         ClientBuilder::try_from(config).unwrap().with_layer(&gate).build()
@@ -533,6 +567,38 @@ pub async fn until<T, F: Future<Output = Option<T>>>(ask: impl Fn() -> F) -> T {
         again.tick().await;
         if let Some(answer) = ask().await {
             return answer;
+        }
+    }
+}
+
+impl Drop for Harness {
+    /// Whatever a test is about, its operator must never want more than the chart gives it.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            return;
+        }
+        let forbidden = |entry: &Value| {
+            entry["objectRef"]["namespace"] == *self.namespace
+                && entry["annotations"]["authorization.k8s.io/decision"] == "forbid"
+        };
+        let refused: Vec<_> = self.audit().into_iter().filter(forbidden).collect();
+        assert!(refused.is_empty(), "the chart's role does not allow {refused:#?}");
+    }
+}
+
+/// The API server of a test.
+enum Server {
+    Shared(&'static ApiServer),
+    Own(Arc<ApiServer>),
+}
+
+impl std::ops::Deref for Server {
+    type Target = ApiServer;
+
+    fn deref(&self) -> &ApiServer {
+        match self {
+            Self::Shared(server) => server,
+            Self::Own(server) => server,
         }
     }
 }

@@ -19,7 +19,8 @@ const LEASE: &str = "node-image-builder";
 async fn start(harness: &Harness, identity: &str, traffic: &Traffic) -> Running {
     let lease =
         LeaseSettings { namespace: harness.namespace.clone(), name: LEASE.to_owned(), identity: identity.to_owned() };
-    harness.one_more_operator(traffic.client().await, harness.settings(), Some(lease))
+    // The chart's lease is another one.
+    harness.one_more_operator(traffic.client_as(None).await, harness.settings(), Some(lease))
 }
 
 async fn until_leading(operator: &Running) {

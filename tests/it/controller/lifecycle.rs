@@ -24,7 +24,7 @@ async fn forgetful(prefix: &str) -> Harness {
     let mut harness = Harness::without_operator(prefix).await;
     let lifecycle = Lifecycle { finished_job_ttl: Duration::ZERO, ..Lifecycle::default() };
     let settings = Settings { lifecycle, ..harness.settings() };
-    harness.start_operator_with(harness.client.clone(), settings);
+    harness.start_operator_with(harness.operator_client.clone(), settings);
     harness
 }
 

@@ -1,12 +1,15 @@
 //! The operator against a real API server.
 
+mod author;
 mod cleanup;
 mod faults;
-mod harness;
+pub mod harness;
 mod leader;
 mod lifecycle;
 mod queue;
 mod rebuild;
+mod retention;
+mod rights;
 
 use std::sync::atomic::Ordering;
 

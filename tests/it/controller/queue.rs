@@ -26,7 +26,7 @@ async fn one_at_a_time(prefix: &str) -> Harness {
 
 fn restart(harness: &mut Harness) {
     let settings = limited(harness, Limits { total: Some(1), ..Limits::default() });
-    harness.start_operator_with(harness.client.clone(), settings);
+    harness.start_operator_with(harness.operator_client.clone(), settings);
 }
 
 #[tokio::test]
@@ -105,7 +105,7 @@ async fn a_build_that_can_not_start_does_not_hold_up_those_behind_it() {
 async fn servers_and_namespaces_have_limits_of_their_own() {
     let mut harness = Harness::without_operator("server").await;
     let settings = limited(&harness, Limits { total: None, per_namespace: Some(3), per_server: Some(1) });
-    harness.start_operator_with(harness.client.clone(), settings);
+    harness.start_operator_with(harness.operator_client.clone(), settings);
     let secret = json!({ "stringData": { "username": "u", "password": "p" }, "metadata": { "name": "vcenter" } });
     let secrets = harness.api::<k8s_openapi::api::core::v1::Secret>();
     secrets.create(&kube::api::PostParams::default(), &serde_json::from_value(secret).unwrap()).await.unwrap();

@@ -21,7 +21,7 @@ async fn polling(prefix: &str, interval: Duration) -> Harness {
     let mut harness = Harness::without_operator(prefix).await;
     let lifecycle = Lifecycle { release_poll_interval: interval, ..Lifecycle::default() };
     let settings = Settings { lifecycle, ..harness.settings() };
-    harness.start_operator_with(harness.client.clone(), settings);
+    harness.start_operator_with(harness.operator_client.clone(), settings);
     harness
 }
 
@@ -163,7 +163,7 @@ async fn a_new_release_builds_all_that_follow_it_with_one_poll_for_all() {
     let (asked, began) = (harness.mirror.manifest_requests.load(Ordering::Relaxed), Instant::now());
     let lifecycle = Lifecycle { release_poll_interval: INTERVAL, ..Lifecycle::default() };
     let settings = Settings { lifecycle, ..harness.settings() };
-    harness.start_operator_with(harness.client.clone(), settings);
+    harness.start_operator_with(harness.operator_client.clone(), settings);
     let unchanged = harness.mirror.manifest_unchanged.load(Ordering::Relaxed);
     harness.mirror_is_polled(3).await;
     let asked = harness.mirror.manifest_requests.load(Ordering::Relaxed) - asked;

@@ -67,7 +67,7 @@ fn request(os: (&str, &str), provider: &str, firmware: &str, more: Value) -> Bui
     let mut document = json!({
         "version": VERSION, "identity": {"namespace": "ns", "name": "n", "buildId": "0123456789"},
         "os": {"name": os.0, "version": os.1}, "provider": provider, "firmware": firmware, "release": release(),
-        "engine": {"imageBuilder": {"timeoutSeconds": 6900}}, "diskSizeMib": 6656,
+        "engine": {"imageBuilder": {"timeoutSeconds": 6900}}, "base": null, "diskSizeMib": 6656,
         "verify": {"boot": "Never", "accelerator": "Any", "timeoutSeconds": 900}, "publish": [],
         "providerTarget": target,
     });

@@ -9,15 +9,20 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use node_image_builder::{
     api::v1alpha1::{DeletionPolicy, FINALIZER, NodeImageBuild, NodeImageBuildSpec},
-    contract::{ClusterReference, CredentialSlot, Firmware, NutanixTarget, Provider, ProviderTarget, PublishTarget},
+    contract::{
+        Base, ClusterReference, CredentialSlot, Firmware, NutanixTarget, PrismSource, Provider, ProviderTarget,
+        PublishTarget,
+    },
     controller::{
         cleanup::Outside,
-        context::{Lifecycle, Settings},
+        context::{Lifecycle, Placement, Settings},
         plan::{Inputs, Observed, plan},
         queue::Admission,
         references::{Use, references},
+        retention::Usage,
         validate::{self, Prepared, Refusal},
     },
+    reach::Reach,
 };
 use rstest::rstest;
 use serde_json::{Value, json};
@@ -45,10 +50,13 @@ fn prepare(nutanix: &Value) -> Result<Prepared, Refusal> {
     let build = build(nutanix);
     let settings = Settings {
         builder_image: "builder".into(),
+        image_builder_image: "upstream".into(),
         release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
         builder_service_account: None,
         artifact_server: None,
         lifecycle: Lifecycle::default(),
+        reach: Reach::default(),
+        placement: Placement::default(),
     };
     validate::prepare(&build, &validate::wish(&build), crate::ova::request().release, None, &settings)
 }
@@ -118,11 +126,26 @@ fn what_can_not_be_is_refused_with_what_to_write(#[case] nutanix: Value, #[case]
 }
 
 #[test]
-fn image_to_start_from_is_refused_before_anything_is_read() {
-    assert!(validate::supported(&build(&json!({})).spec).is_ok());
-    let refusal = validate::supported(&build(&json!({"sourceImageName": "golden"})).spec).unwrap_err();
-    assert_eq!(refusal.reason, "NotSupported");
-    assert!(refusal.message.contains("spec.nutanix.sourceImageName"), "{}", refusal.message);
+fn image_to_start_from_is_the_base_and_another_one_is_another_build() {
+    assert!(validate::supported(&build(&json!({"sourceImageName": "golden"})).spec).is_ok());
+    let golden = prepare(&json!({"sourceImageName": "golden"})).unwrap();
+    let expected = Base::PrismImage(PrismSource { prism_image: "golden".into() });
+    assert_eq!(golden.request.base, expected);
+    let document = serde_json::to_string(&golden.request).unwrap();
+    assert_eq!(serde_json::from_str::<node_image_builder::contract::BuildRequest>(&document).unwrap(), golden.request);
+    let (none, silver) = (prepare(&json!({})).unwrap(), prepare(&json!({"sourceImageName": "silver"})).unwrap());
+    assert!(matches!(none.request.base, Base::Archive(_)));
+    assert_ne!(golden.inputs_digest, none.inputs_digest);
+    assert_ne!(golden.inputs_digest, silver.inputs_digest);
+}
+
+#[test]
+fn image_starts_from_an_archive_or_from_an_image() {
+    let mut build = build(&json!({"sourceImageName": "golden"}));
+    build.spec.base = serde_json::from_value(json!({"url": "https://base.test/a.tar", "sha256": "00"})).unwrap();
+    let refusal = validate::base(&build.spec).unwrap_err();
+    assert_eq!(refusal.reason, "InvalidSpec");
+    assert!(refusal.message.contains("spec.base and spec.nutanix.sourceImageName"), "{}", refusal.message);
 }
 
 #[test]
@@ -132,10 +155,13 @@ fn image_is_exported_to_the_targets_too() {
         serde_json::from_value(json!([{"http": {"url": "https://files.example.com/images"}}])).unwrap();
     let settings = Settings {
         builder_image: "builder".into(),
+        image_builder_image: "upstream".into(),
         release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
         builder_service_account: None,
         artifact_server: None,
         lifecycle: Lifecycle::default(),
+        reach: Reach::default(),
+        placement: Placement::default(),
     };
     let wish = validate::wish(&build);
     let request = validate::prepare(&build, &wish, crate::ova::request().release, None, &settings).unwrap().request;
@@ -166,6 +192,7 @@ fn image_that_stays_when_the_resource_goes_is_told() {
         pod_refusals: BTreeMap::new(),
         progress: None,
         manifest_changed: false,
+        usage: Usage::NotNeeded,
         outside: Outside::default(),
     };
     let notes = plan(&observed, &Inputs::NotNeeded, Admission::Go, Lifecycle::FINISHED_JOB_TTL, now).notes;

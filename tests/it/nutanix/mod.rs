@@ -3,8 +3,9 @@
 mod faults;
 mod mapping;
 mod preflight;
-mod prism;
+pub mod prism;
 mod publish;
+mod source;
 mod strictness;
 
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};

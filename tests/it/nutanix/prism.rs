@@ -13,13 +13,17 @@
 //! | an image is created without contents first, then gets them by `PUT …/file`; it is read again for the tasks of the upload, which may fail | terraform-provider-nutanix, `resource_nutanix_image.go` |
 //! | a wrong checksum fails the task after the upload, not the request | terraform-provider-nutanix issue 469 and pull request 481 |
 //! | `size_bytes` is the size of the disk, not of the file: 2361393152 for Ubuntu's cloud image | an answer in OVH's guide "nutanix-public-ip"; packer-plugin-nutanix takes it for the disk of a machine |
+//! | the bytes of an image come by `GET …/file` as `application/octet-stream` without a length; an image that is not there: 404 with `INVALID_ARGUMENT` | a recorded answer in prism-go-client, `v3/mocks/TestOperations_GetImageContents.yaml` |
+//! | they are those of the raw disk, whatever was uploaded | packer-plugin-nutanix issue 207 and pull request 122 |
+//! | `checksum` has `checksum_algorithm`, `SHA_1` or `SHA_256`, and `checksum_value`; where nobody gave one it is the image service's own | the v3 description, `image_resources` |
 //! | several images may have one name | packer-plugin-nutanix, `findImageByName`, and its pull request 58 |
 //! | an update repeats `metadata` and `spec`, with the present `spec_version` | terraform-provider-nutanix and nutanix.ansible, both rename images so |
 //! | a category that does not exist: `ENTITY_NOT_FOUND` or `CATEGORY_NAME_VALUE_MISMATCH` | terraform-provider-nutanix, `resource_nutanix_category_value.go` |
 //!
 //! What no source tells is decided against the client: contents are taken once, a beginning can not be continued, a
 //! change shows only when its task has ended, an image that is not created yet is not listed, the checksum's headers
-//! must be right, and a field that the description does not have is an error. The disk is what QEMU finds in the file.
+//! must be right, a field that the description does not have is an error, the checksum is of the file that was uploaded,
+//! an image without contents has no file to download, and a download can not be continued. The disk is what QEMU finds in the file.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -139,6 +143,8 @@ struct Image {
     size: Option<u64>,
     /// Contents that came, whole or not.
     has_contents: bool,
+    /// Of the file that was uploaded: algorithm and value.
+    checksum: Option<(&'static str, String)>,
     file: PathBuf,
     tasks: Vec<String>,
     messages: Vec<Value>,
@@ -147,7 +153,7 @@ struct Image {
 /// What happens when a task ends.
 enum Effect {
     Create(String),
-    Contents { image: String, size: u64 },
+    Contents { image: String, size: u64, digest: String },
     Update { image: String, spec: Value, metadata: Value },
     Delete(String),
 }
@@ -169,6 +175,8 @@ struct Inner {
     faults: Vec<Armed>,
     seen: Vec<Seen>,
     reported_size: Option<u64>,
+    /// Whether files come as they were uploaded.
+    gives_uploads: bool,
 }
 
 /// A server that runs until it is dropped.
@@ -224,6 +232,7 @@ impl Prism {
             faults: vec![],
             seen: vec![],
             reported_size: None,
+            gives_uploads: false,
         };
         let shared = Arc::new(Shared {
             inner: Mutex::new(inner),
@@ -255,6 +264,41 @@ impl Prism {
     /// Every disk has this size from now on.
     pub fn report_size(&self, size: u64) {
         self.inner(|inner| inner.reported_size = Some(size));
+    }
+
+    /// Files are given as they were uploaded from now on, and not as raw disks.
+    pub fn give_uploads(&self) {
+        self.inner(|inner| inner.gives_uploads = true);
+    }
+
+    /// A disk that somebody else has put there, raw or qcow2.
+    pub fn add_disk(&self, name: &str, disk: &std::path::Path) -> String {
+        let uuid = self.add_image(name, "a disk");
+        let file = self.file(&uuid);
+        std::fs::copy(disk, &file).unwrap();
+        let (size, digest) = (disk_size(&file), hex::encode(Sha256::digest(std::fs::read(&file).unwrap())));
+        self.change(&uuid, |image| (image.size, image.checksum) = (Some(size), Some(("SHA_256", digest))));
+        uuid
+    }
+
+    fn change(&self, uuid: &str, work: impl FnOnce(&mut Image)) {
+        self.inner(|inner| work(inner.images.get_mut(uuid).unwrap()));
+    }
+
+    pub fn set_state(&self, uuid: &str, state: &'static str) {
+        self.change(uuid, |image| image.state = state);
+    }
+
+    pub fn set_image_type(&self, uuid: &str, kind: &str) {
+        self.change(uuid, |image| image.spec["resources"]["image_type"] = json!(kind));
+    }
+
+    pub fn set_size(&self, uuid: &str, size: u64) {
+        self.change(uuid, |image| image.size = Some(size));
+    }
+
+    pub fn set_checksum(&self, uuid: &str, algorithm: &'static str, value: &str) {
+        self.change(uuid, |image| image.checksum = Some((algorithm, value.to_owned())));
     }
 
     pub fn remove_images(&self) {
@@ -383,6 +427,7 @@ impl Image {
             state: "PENDING",
             size: None,
             has_contents: false,
+            checksum: None,
             file,
             tasks: vec![],
             messages: vec![],
@@ -395,6 +440,9 @@ impl Image {
             resources["size_bytes"] = json!(size);
             resources["retrieval_uri_list"] =
                 json!([format!("https://127.0.0.1:9440/api/nutanix/v3/images/{uuid}/file")]);
+        }
+        if let Some((algorithm, value)) = &self.checksum {
+            resources["checksum"] = json!({"checksum_algorithm": algorithm, "checksum_value": value});
         }
         let mut status = json!({
             "name": self.spec["name"],
@@ -455,9 +503,10 @@ impl Inner {
                     (image.created, image.state) = (true, "COMPLETE");
                 }
             }
-            Effect::Contents { image, size } => {
+            Effect::Contents { image, size, digest } => {
                 if let Some(image) = self.images.get_mut(&image) {
                     (image.size, image.state) = (Some(size), "COMPLETE");
+                    image.checksum = Some(("SHA_256", digest));
                 }
             }
             Effect::Update { image, spec, metadata } => {
@@ -567,7 +616,7 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/images", post(create_image))
         .route("/images/list", post(list_images))
         .route("/images/{uuid}", get(read_image).put(update_image).delete(delete_image))
-        .route("/images/{uuid}/file", put(upload_file))
+        .route("/images/{uuid}/file", put(upload_file).get(download_file))
         .route("/tasks/{uuid}", get(read_task))
         .route("/clusters/list", post(list_clusters))
         .route("/subnets/list", post(list_subnets))
@@ -1054,7 +1103,7 @@ async fn upload_file(
         .map(|announced| ("INTERNAL_ERROR", format!("checksum mismatch: expected {announced}, computed {digest}")));
     let size = tokio::task::spawn_blocking(move || disk_size(&path)).await.unwrap();
     shared.with(|inner| {
-        let effect = Effect::Contents { image: uuid.clone(), size: inner.reported_size.unwrap_or(size) };
+        let effect = Effect::Contents { image: uuid.clone(), size: inner.reported_size.unwrap_or(size), digest };
         let task = inner.begin("upload_image_contents", effect, wrong.or_else(|| failure(&planned)));
         if let Some(image) = inner.images.get_mut(&uuid) {
             image.state = "PENDING";
@@ -1084,6 +1133,59 @@ async fn receive(shared: &Shared, wire: &Wire, planned: &Planned, body: Body, pa
     }
     file.flush().await.unwrap();
     (!wire.cut.load(Ordering::SeqCst)).then(|| hex::encode(digest.finalize()))
+}
+
+async fn download_file(
+    State(shared): State<Arc<Shared>>,
+    ConnectInfo(wire): ConnectInfo<Wire>,
+    Path(uuid): Path<String>,
+    request: Request,
+) -> Response {
+    let planned = request.extensions().get::<Planned>().unwrap().clone();
+    if request.headers().contains_key(header::RANGE) {
+        return *invalid("a part of an image can not be read");
+    }
+    let found = shared.with(|inner| {
+        let image = inner.images.get(&uuid).ok_or_else(|| {
+            let message = format!("image : {uuid} does not exist.");
+            Box::new(error(StatusCode::NOT_FOUND, "INVALID_ARGUMENT", &message))
+        })?;
+        if image.state != "COMPLETE" || !image.file.exists() {
+            return Err(invalid("the image has no contents"));
+        }
+        Ok((image.file.clone(), inner.gives_uploads))
+    });
+    let (file, as_uploaded) = match found {
+        Ok(found) => found,
+        Err(refused) => return *refused,
+    };
+    let file = if as_uploaded { file } else { tokio::task::spawn_blocking(move || raw(&file)).await.unwrap() };
+    let file = tokio::fs::File::open(file).await.unwrap();
+    let mut sent = 0;
+    let pieces = tokio_util::io::ReaderStream::with_capacity(file, 256 * 1024).then(move |piece| {
+        sent += piece.as_ref().map_or(0, Bytes::len);
+        let (fault, wire, shared) = (planned.0.clone(), wire.clone(), Arc::clone(&shared));
+        async move {
+            match fault {
+                Some(Fault::CutAfter(limit)) if sent >= limit => wire.cut.store(true, Ordering::SeqCst),
+                Some(Fault::StallAfter(limit)) if sent >= limit => {
+                    shared.stalled.add_permits(1);
+                    std::future::pending::<()>().await;
+                }
+                _ => {}
+            }
+            piece
+        }
+    });
+    ([(header::CONTENT_TYPE, "application/octet-stream")], Body::from_stream(pieces)).into_response()
+}
+
+/// The disk in a file, raw.
+fn raw(file: &std::path::Path) -> PathBuf {
+    let raw = file.with_extension("raw");
+    let converted = Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(file).arg(&raw).status();
+    assert!(converted.expect("qemu-img is there").success());
+    raw
 }
 
 /// Bytes of the disk in a file, as QEMU sees it.

@@ -1,5 +1,7 @@
 //! The test's Prism Central refuses what the original refuses. Were it milder, the other tests would prove little.
 
+use std::process::Command;
+
 use axum::http::Method;
 use reqwest::{Client, Response};
 use rstest::rstest;
@@ -245,6 +247,36 @@ async fn takes_contents_once_and_only_for_an_image_that_is_created() {
     let (_, image) = peer.get(&format!("/images/{uuid}")).await;
     assert_eq!(image["status"]["resources"]["size_bytes"], 1024);
     assert_eq!(peer.upload(uuid, &bytes, &digest).await.0, 422);
+}
+
+#[tokio::test]
+async fn gives_the_raw_disk_and_no_parts_of_it() {
+    let peer = Peer::new().await;
+    let uuid = peer.create("a").await;
+    let file = format!("/images/{uuid}/file");
+    assert_eq!(peer.get(&file).await.0, 422, "it has no contents yet");
+    let dir = tempfile::tempdir().unwrap();
+    let qcow2 = dir.path().join("disk");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&qcow2).arg("1M").status().unwrap();
+    assert!(made.success());
+    let bytes = std::fs::read(&qcow2).unwrap();
+    let digest = hex::encode(Sha256::digest(&bytes));
+    assert_eq!(peer.upload(&uuid, &bytes, &digest).await.0, 200);
+    let (_, image) = peer.get(&format!("/images/{uuid}")).await;
+    peer.end_of_task(image["status"]["execution_context"]["task_uuid"][0].as_str().unwrap()).await;
+    let (_, image) = peer.get(&format!("/images/{uuid}")).await;
+    let checksum = json!({"checksum_algorithm": "SHA_256", "checksum_value": digest});
+    assert_eq!(image["status"]["resources"]["checksum"], checksum, "of the file that was uploaded");
+
+    let part = peer.request(Method::GET, &file).header("range", "bytes=10-").send().await.unwrap();
+    assert_eq!(part.status(), 422);
+    let whole = peer.request(Method::GET, &file).send().await.unwrap();
+    assert_eq!((whole.status().as_u16(), whole.content_length()), (200, None));
+    assert_eq!(whole.headers()["content-type"], "application/octet-stream");
+    assert_eq!(whole.bytes().await.unwrap(), vec![0; 1 << 20]);
+    let unknown = "/images/00000000-0000-0000-0000-000000000000/file";
+    let (status, document) = peer.get(unknown).await;
+    assert_eq!((status, reason(&document)), (404, "INVALID_ARGUMENT"));
 }
 
 #[tokio::test]

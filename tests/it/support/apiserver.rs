@@ -8,7 +8,7 @@
 
 use std::{
     env, fmt, fs,
-    io::Read,
+    io::{self, Read, Seek, SeekFrom},
     net::{IpAddr, Ipv4Addr},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -18,19 +18,29 @@ use std::{
 };
 
 use k8s_openapi::{
-    api::core::v1::Namespace, apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+    api::{
+        authentication::v1::{TokenRequest, TokenRequestSpec},
+        core::v1::{Namespace, ServiceAccount},
+        rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding},
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
 use kube::{
     Api, Client, Config,
     api::{ListParams, ObjectMeta, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{AuthInfo, KubeConfigOptions, Kubeconfig},
 };
 use kube_runtime::wait::{await_condition, conditions::is_crd_established};
 use node_image_builder::api::v1alpha1::{self, NodeImageBuild};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
-use serde_json::json;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
 use tokio::{net::TcpSocket, sync::OnceCell, time::timeout};
 
+use super::chart;
+
+/// Release and namespace of the operator that tests run: its service account has the rights that the chart gives.
+pub const RELEASE: &str = "node-image-builder";
 /// The directory with `etcd` and `kube-apiserver`, named as in other projects that test against them.
 const ASSETS: &str = "KUBEBUILDER_ASSETS";
 /// Longest time until the API server is ready; two seconds are usual.
@@ -50,6 +60,8 @@ serve() {
 		--service-account-issuer https://kubernetes.default.svc --service-account-signing-key-file account.key \
 		--service-account-key-file account.pub --service-cluster-ip-range 10.0.0.0/24 --endpoint-reconciler-type none \
 		--authorization-mode RBAC --allow-privileged --disable-admission-plugins ServiceAccount \
+		--enable-admission-plugins OwnerReferencesPermissionEnforcement \
+		--audit-policy-file audit-policy.json --audit-log-path audit.log --audit-log-maxsize 0 \
 		--profiling=false >>kube-apiserver.log 2>&1 3<&- &
 	apiserver=$!
 	echo "$apiserver" >apiserver.pid
@@ -90,20 +102,28 @@ static SERVER: OnceCell<ApiServer> = OnceCell::const_new();
 
 /// The shared server with the definition of `NodeImageBuild` installed.
 async fn server() -> &'static ApiServer {
-    SERVER
-        .get_or_init(|| async {
-            let server = ApiServer::start().await;
-            install_definition(&server.client().await).await;
-            server
-        })
-        .await
+    SERVER.get_or_init(|| async { own().await }).await
 }
 
 /// A server of one test's own, for what would disturb the others.
 pub async fn own() -> ApiServer {
     let server = ApiServer::start().await;
-    install_definition(&server.client().await).await;
+    let client = server.client().await;
+    install_definition(&client).await;
+    let objects = chart::render(RELEASE, RELEASE, &chart::chart().join("ci/minimal.yaml"), &[]).unwrap();
+    create_namespace(&client, RELEASE).await;
+    install_rights(&client, &objects).await;
     server
+}
+
+/// The shared server.
+pub async fn shared() -> &'static ApiServer {
+    server().await
+}
+
+/// A server of one test's own, with nothing of ours.
+pub async fn bare() -> ApiServer {
+    ApiServer::start().await
 }
 
 /// An administrator's client, for the runtime of the calling test.
@@ -120,10 +140,36 @@ pub async fn kubeconfig() -> PathBuf {
 pub async fn namespace(client: &Client, prefix: &str) -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("{prefix}-{}", NEXT.fetch_add(1, Ordering::Relaxed));
-    let metadata = ObjectMeta { name: Some(name.clone()), ..ObjectMeta::default() };
+    create_namespace(client, &name).await;
+    name
+}
+
+pub async fn create_namespace(client: &Client, name: &str) {
+    let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
     let namespace = Namespace { metadata, ..Namespace::default() };
     Api::all(client.clone()).create(&PostParams::default(), &namespace).await.unwrap();
-    name
+}
+
+/// Creates the service accounts and rights among the chart's objects, and nothing else of them.
+pub async fn install_rights(client: &Client, objects: &[Value]) {
+    for object in objects {
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+        match object["kind"].as_str().unwrap() {
+            "ServiceAccount" => create::<ServiceAccount>(Api::namespaced(client.clone(), namespace), object).await,
+            "Role" => create::<Role>(Api::namespaced(client.clone(), namespace), object).await,
+            "RoleBinding" => create::<RoleBinding>(Api::namespaced(client.clone(), namespace), object).await,
+            "ClusterRole" => create::<ClusterRole>(Api::all(client.clone()), object).await,
+            "ClusterRoleBinding" => create::<ClusterRoleBinding>(Api::all(client.clone()), object).await,
+            _ => {}
+        }
+    }
+}
+
+async fn create<K>(api: Api<K>, object: &Value)
+where
+    K: DeserializeOwned + Serialize + Clone + fmt::Debug,
+{
+    api.create(&PostParams::default(), &serde_json::from_value(object.clone()).unwrap()).await.unwrap();
 }
 
 impl ApiServer {
@@ -197,11 +243,47 @@ impl ApiServer {
     }
 
     pub async fn client(&self) -> Client {
+        Client::try_from(self.config().await).unwrap()
+    }
+
+    /// An administrator's access.
+    pub async fn config(&self) -> Config {
         let kubeconfig = Kubeconfig::read_from(self.kubeconfig()).unwrap();
         let mut config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap();
         // A test sees an error as it is.
         config.default_retry = false;
-        Client::try_from(config).unwrap()
+        config
+    }
+
+    /// The access of a service account: exactly what the API server lets its pods do.
+    pub async fn config_of(&self, namespace: &str, account: &str) -> Config {
+        let request = TokenRequest {
+            spec: TokenRequestSpec { expiration_seconds: Some(7200), ..TokenRequestSpec::default() },
+            ..TokenRequest::default()
+        };
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client().await, namespace);
+        let answer = accounts.create_token_request(account, &PostParams::default(), &request).await.unwrap();
+        let mut config = self.config().await;
+        config.auth_info = AuthInfo { token: Some(answer.status.unwrap().token.into()), ..AuthInfo::default() };
+        config
+    }
+
+    /// Length of the audit log, in bytes.
+    pub fn audited(&self) -> u64 {
+        fs::metadata(self.dir.join("audit.log")).map_or(0, |file| file.len())
+    }
+
+    /// What service accounts asked of the API server since the audit log had this length.
+    pub fn audit(&self, since: u64) -> Vec<Value> {
+        let mut file = match fs::File::open(self.dir.join("audit.log")) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return vec![],
+            file => file.unwrap(),
+        };
+        file.seek(SeekFrom::Start(since)).unwrap();
+        let mut text = String::new();
+        file.read_to_string(&mut text).unwrap();
+        // The first and the last line may be half of one.
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
@@ -257,6 +339,13 @@ fn write_credentials(dir: &Path, port: u16) {
         "current-context": "test",
     });
     write("kubeconfig", &kubeconfig.to_string());
+    let policy = json!({
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [{ "level": "Metadata", "userGroups": ["system:serviceaccounts"] }, { "level": "None" }],
+    });
+    write("audit-policy.json", &policy.to_string());
 }
 
 async fn install_definition(client: &Client) {

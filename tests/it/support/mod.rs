@@ -2,6 +2,7 @@
 
 pub mod apiserver;
 pub mod bad_server;
+pub mod chart;
 pub mod sources;
 pub mod tls;
 
