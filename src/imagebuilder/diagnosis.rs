@@ -58,6 +58,7 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
             "ssh: unable to authenticate",
             "waiting for ssh",
             "failed to connect to the host via ssh",
+            "waiting for privilege escalation prompt",
         ],
         Diagnosis {
             class: FailureClass::Transient,

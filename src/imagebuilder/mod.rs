@@ -332,6 +332,8 @@ impl ImageBuilder<'_> {
             .env("PACKER_CACHE_DIR", self.cache.join("packer"))
             .env("CHECKPOINT_DISABLE", "1")
             .env("ANSIBLE_NOCOLOR", "1")
+            // A machine in software needs longer than Ansible's 10 s to answer.
+            .env("ANSIBLE_TIMEOUT", "60")
             .env("RHSM_USER", &known.rhel_username)
             .env("RHSM_PASS", &known.rhel_password)
             .current_dir(&copy.dir)

@@ -8,7 +8,6 @@ mod bare_metal;
 mod cluster;
 mod command_line;
 mod faults;
-mod image_builder;
 mod lifecycle;
 mod machine;
 mod mirror;
