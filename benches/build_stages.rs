@@ -22,8 +22,8 @@ use nix::{
 use node_image_builder::{
     build::{self, Environment},
     contract::{
-        Accelerator, Archive, Base, BaseChecksum, BootVerification, BuildIdentity, BuildReport, BuildRequest, Firmware,
-        Os, OsName, Packages, Provider, Proxy, PublishTarget, ResolvedRelease, VERSION, Verify,
+        Accelerator, Archive, Base, BaseChecksum, BootVerification, BuildIdentity, BuildReport, BuildRequest, Engine,
+        Firmware, Os, OsName, Packages, Provider, Proxy, PublishTarget, ResolvedRelease, VERSION, Verify,
     },
     http,
     progress::{Reporter, Style},
@@ -89,6 +89,7 @@ async fn request(mirror: &str, uploads: &str) -> BuildRequest {
         provider: Provider::Baremetal,
         firmware: Firmware::Efi,
         release: Resolver::new(client).resolve(&query).await.unwrap(),
+        engine: Engine::Native,
         base: Base::Archive(Archive {
             url: format!("{mirror}/base/debian-12-rootfs.tar.zst").parse().unwrap(),
             checksum: BaseChecksum::Sha256Sums(format!("{mirror}/base/SHA256SUMS").parse().unwrap()),
@@ -112,6 +113,7 @@ async fn native(request: &BuildRequest, work: &Path) -> Vec<(String, f64)> {
         redactor: Redactor::default(),
         credentials: Credentials::new(Redactor::default()),
         import: true,
+        upstream: PathBuf::new(),
         cancel: CancellationToken::new(),
     };
     match build::run(request, environment).await {

@@ -6,8 +6,8 @@
 //! [`publish`]ed, for instance to the artifact server ([`serve`]). The pod reports back through its output and
 //! termination message only, in the words of the [`contract`].
 //!
-//! Dependencies point one way: `contract` <- `api`, `release`, `fetch`, `package` <- `native`, `publish` <- `build` <-
-//! `cli`; `controller` uses `api`, `contract` and `release`, never `build`.
+//! Dependencies point one way: `contract` <- `api`, `release`, `fetch`, `package` <- `native` <- `imagebuilder`, `publish` <-
+//! `build` <- `cli`; `controller` uses `api`, `contract` and `release`, never `build`.
 
 pub mod api;
 pub mod build;
@@ -17,6 +17,7 @@ pub mod controller;
 pub mod error;
 pub mod fetch;
 pub mod http;
+pub mod imagebuilder;
 pub mod native;
 pub mod package;
 pub mod process;

@@ -42,11 +42,34 @@ pub struct CommandSpec {
     pub stdin: Option<Vec<u8>>,
     /// `None` waits for ever.
     pub timeout: Option<Duration>,
+    pub stop: Stop,
+}
+
+/// How a program is asked to stop before it is killed.
+#[derive(Clone, Copy, Debug)]
+pub struct Stop {
+    pub signal: Signal,
+    /// Time that it has to clean up.
+    pub grace: Duration,
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self { signal: Signal::SIGTERM, grace: GRACE }
+    }
 }
 
 impl CommandSpec {
     pub fn new(program: impl Into<OsString>) -> Self {
-        Self { program: program.into(), args: vec![], env: vec![], current_dir: None, stdin: None, timeout: None }
+        Self {
+            program: program.into(),
+            args: vec![],
+            env: vec![],
+            current_dir: None,
+            stdin: None,
+            timeout: None,
+            stop: Stop::default(),
+        }
     }
 
     #[must_use]
@@ -82,6 +105,13 @@ impl CommandSpec {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// Asks it by another signal, with more time to clean up.
+    #[must_use]
+    pub fn stop(mut self, stop: Stop) -> Self {
+        self.stop = stop;
         self
     }
 
@@ -204,6 +234,7 @@ impl Runner {
             Ok(())
         };
         let tail = Mutex::new(VecDeque::with_capacity(KEPT_LINES));
+        let group = group_of(&child);
         let finished = {
             let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
             let read = async {
@@ -213,17 +244,23 @@ impl Runner {
                     write
                 )
             };
-            let end = async {
+            let mut end = std::pin::pin!(async {
                 let (stdout, _, ()) = read.await.map_err(pipe)?;
                 let status = child.wait().await.map_err(pipe)?;
                 Ok::<_, ProcessError>((status, stdout))
-            };
+            });
             let limit = spec.timeout.unwrap_or(Duration::MAX);
-            tokio::select! {
-                result = end => Some(result?),
+            let finished = tokio::select! {
+                result = &mut end => Some(result?),
                 () = tokio::time::sleep(limit) => None,
                 () = self.cancel.cancelled() => None,
+            };
+            if finished.is_none() {
+                signal(group, spec.stop.signal);
+                // What it says while it cleans up is read: a program that is not listened to may end by that.
+                let _ = tokio::time::timeout(spec.stop.grace, end).await;
             }
+            finished
         };
         let output = join(&tail);
         match finished {
@@ -232,7 +269,9 @@ impl Runner {
                 Err(ProcessError::Failed { program, status: status.to_string(), code: status.code(), output })
             }
             None => {
-                stop(&mut child).await;
+                // Also what it has started: the group outlives a program that has ended.
+                signal(group, Signal::SIGKILL);
+                let _ = child.wait().await;
                 match spec.timeout {
                     Some(timeout) if !self.cancel.is_cancelled() => {
                         Err(ProcessError::TimedOut { program, timeout, output })
@@ -285,7 +324,7 @@ struct Running(Option<i32>);
 
 impl Running {
     fn new(child: &Child) -> Self {
-        let group = child.id().and_then(|id| i32::try_from(id).ok());
+        let group = group_of(child).map(Pid::as_raw);
         RUNNING.lock().unwrap_or_else(PoisonError::into_inner).extend(group);
         Self(group)
     }
@@ -327,14 +366,15 @@ fn start(spec: &CommandSpec) -> Result<Child, ProcessError> {
     command.spawn().map_err(|source| ProcessError::Start { program: spec.name(), source })
 }
 
-/// Asks the child's process group to stop, then kills it.
-async fn stop(child: &mut Child) {
-    let Some(group) = child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw) else { return };
-    // Errors mean that the group is gone already.
-    let _ = killpg(group, Signal::SIGTERM);
-    if tokio::time::timeout(GRACE, child.wait()).await.is_err() {
-        let _ = killpg(group, Signal::SIGKILL);
-        let _ = child.wait().await;
+/// The process group that a child leads.
+fn group_of(child: &Child) -> Option<Pid> {
+    child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw)
+}
+
+fn signal(group: Option<Pid>, signal: Signal) {
+    if let Some(group) = group {
+        // Errors mean that the group is gone already.
+        let _ = killpg(group, signal);
     }
 }
 
@@ -394,6 +434,26 @@ mod tests {
         let task = tokio::spawn(async move { runner.run(CommandSpec::new("sleep").arg("600")).await });
         cancel.cancel();
         assert!(matches!(task.await.unwrap(), Err(ProcessError::Cancelled { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_stopped_is_listened_to_while_it_cleans_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "trap 'seq 20000; echo clean >done; exit 1' INT; echo ready; while :; do sleep 0.1; done";
+        let cancel = CancellationToken::new();
+        let runner = Runner::new(Redactor::default(), cancel.clone());
+        let stop = Stop { signal: Signal::SIGINT, grace: Duration::from_secs(20) };
+        let spec = shell(script).current_dir(dir.path()).stop(stop);
+        let error = runner
+            .run_watched(spec, |line| {
+                if line == "ready" {
+                    cancel.cancel();
+                }
+            })
+            .await
+            .unwrap_err();
+        assert!(matches!(error, ProcessError::Cancelled { .. }), "{error}");
+        assert_eq!(std::fs::read_to_string(dir.path().join("done")).unwrap(), "clean\n");
     }
 
     #[tokio::test]

@@ -31,13 +31,14 @@ pub(super) async fn publish(
     request: &BuildRequest,
     workspace: &Workspace,
     assembled: &Assembled,
-    base: &Url,
+    base: Option<&Url>,
     (file_name, image): (&str, &ImageReport),
     started: Timestamp,
 ) -> Result<Documents, BuildError> {
     let sbom = sbom::document(request, &assembled.packages, assembled.images(), file_name, &image.sha256);
     let subject = Subject { file_name, sha256: &image.sha256 };
-    let provenance = provenance::document(request, (base, &image.base_digest), subject, started, Timestamp::now());
+    let provenance =
+        provenance::document(request, (base, image.base_digest.as_deref()), subject, started, Timestamp::now());
     let file = |text: Vec<u8>, suffix: &str, media_type| {
         let stem = format!("{file_name}.{suffix}");
         let path = workspace.dir().join(&stem);

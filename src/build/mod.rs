@@ -11,6 +11,7 @@ use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use self::{
     documents::Documents,
@@ -19,14 +20,15 @@ use self::{
 };
 use crate::{
     contract::{
-        Base, BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, FailureClass, FailureReport,
-        ImageReport, PublishTarget, Stage,
+        Base, BootVerification, BuildOutcome, BuildReport, BuildRequest, Classified, Engine, FailureClass,
+        FailureReport, ImageReport, PublishTarget, Stage,
     },
     error::Chain,
     fetch::{FetchError, Fetcher},
     http::{self, HttpError},
+    imagebuilder::{self, ImageBuilder, ImageBuilderError},
     native::{
-        self, Fetched, Native, NativeError,
+        self, Assembled, Fetched, Native, NativeError,
         accelerator::{self, AcceleratorError, Virtualization},
     },
     package::{Format, ImageSource},
@@ -45,6 +47,8 @@ use crate::{
 pub struct Environment {
     /// Directory for everything the build writes.
     pub work_dir: PathBuf,
+    /// The directory of kubernetes-sigs/image-builder, for builds of the engine `ImageBuilder`.
+    pub upstream: PathBuf,
     pub reporter: Reporter,
     pub redactor: Redactor,
     pub credentials: Credentials,
@@ -67,6 +71,8 @@ enum BuildError {
     Fetch(#[from] FetchError),
     #[error(transparent)]
     Native(#[from] NativeError),
+    #[error(transparent)]
+    ImageBuilder(#[from] ImageBuilderError),
     #[error(transparent)]
     Publish(#[from] PublishError),
     #[error(transparent)]
@@ -91,6 +97,7 @@ impl BuildError {
             Self::Accelerator(error) => error,
             Self::Fetch(error) => error,
             Self::Native(error) => error,
+            Self::ImageBuilder(error) => error,
             Self::Publish(error) => error,
             Self::Vsphere(error) => error,
             Self::Nutanix(error) => error,
@@ -120,6 +127,9 @@ impl Classified for BuildError {
         }
     }
 }
+
+/// A disk, where what it was made from came from, and the digest of that, where they are known.
+type MadeDisk = (Assembled, Option<Url>, Option<String>);
 
 /// Runs the whole build. Nothing of it but the download cache is left in the work directory, however it ends.
 pub async fn run(request: &BuildRequest, environment: Environment) -> BuildReport {
@@ -213,10 +223,28 @@ impl Build<'_> {
         let (reporter, credentials, cancel, import) = (reporter.clone(), credentials.clone(), cancel.clone(), *import);
         let runner = Runner::new(redactor.clone(), cancel.clone());
         let native = Native::new(request, workspace.dir(), runner.clone(), reporter.clone(), credentials.clone());
+        let upstream = self.environment.upstream.clone();
+        let image_builder = match &request.engine {
+            Engine::Native => None,
+            Engine::ImageBuilder(settings) => Some(ImageBuilder {
+                request,
+                settings: settings.as_ref(),
+                upstream: &upstream,
+                dir: workspace.dir(),
+                cache: workspace.cache(),
+                runner: runner.clone(),
+                redactor: redactor.clone(),
+                credentials: credentials.clone(),
+                reporter: reporter.clone(),
+            }),
+        };
 
         let prepare = async {
             reporter.report(Stage::Prepare, 0.0, "looking at the node");
-            native.check()?;
+            match &image_builder {
+                None => native.check()?,
+                Some(image_builder) => image_builder.check()?,
+            }
             let trust_bundle = trust_bundle(request)?;
             let client = http::client(&request.proxy, trust_bundle.as_deref())?;
             let uploads = publish::upload_client(&request.proxy, trust_bundle.as_deref())?;
@@ -227,8 +255,9 @@ impl Build<'_> {
                 provider.preflight(request).await?;
             }
             let virtualization = match request.verify.boot {
-                BootVerification::Never => None,
-                BootVerification::Required | BootVerification::WhenAccelerated => {
+                // The other engine builds in a machine.
+                BootVerification::Never if image_builder.is_none() => None,
+                BootVerification::Never | BootVerification::Required | BootVerification::WhenAccelerated => {
                     Some(accelerator::probe(request.verify.accelerator, workspace.dir(), &runner).await?)
                 }
             };
@@ -236,39 +265,19 @@ impl Build<'_> {
         };
         let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
 
-        let fetch = async {
-            reporter.report(Stage::Fetch, 0.0, "downloading");
-            let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
-            let wanted = Fetched::wanted(&request.release);
-            let files = async { Ok::<_, BuildError>(fetcher.fetch_all(&wanted, &reporter).await?) };
-            let (base, files) = match &request.base {
-                Base::Archive(archive) => {
-                    let base = async {
-                        let (file, digest) = fetcher.fetch_base(archive, |_, _| {}).await?;
-                        Ok((native::Base::Archive(file), archive.url.clone(), digest))
-                    };
-                    tokio::try_join!(base, files)?
-                }
-                Base::PrismImage(source) => {
-                    let provider = provider.as_ref().ok_or(BuildError::Inconsistent)?;
-                    let disk = workspace.dir().join("source.disk");
-                    let SourceDisk { url, digest } = provider.fetch_source(source, &disk).await?;
-                    ((native::Base::Disk(disk), url, digest), files.await?)
-                }
-            };
-            Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
+        let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
+        let (assembled, base_url, base_digest) = match &image_builder {
+            None => Box::pin(self.assemble(&native, &fetcher, provider.as_ref(), &reporter, workspace)).await?,
+            Some(image_builder) => {
+                let virtualization = virtualization.ok_or(BuildError::Inconsistent)?;
+                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, virtualization)).await?
+            }
         };
-        let ((base, base_url, base_digest), fetched) = self.stage(Stage::Fetch, fetch).await?;
-
-        let cache = workspace.cache();
-        let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
-        let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
-        let assembled = self.stage(Stage::Assemble, native.assemble(expected)).await?;
 
         let verify = async {
             let program = std::env::current_exe().map_err(BuildError::Program)?;
             Ok::<_, BuildError>(match (virtualization, request.verify.boot) {
-                (None, _) => "not booted, because spec.verify.boot is Never".to_owned(),
+                (None, _) | (_, BootVerification::Never) => "not booted, because spec.verify.boot is Never".to_owned(),
                 (Some(Virtualization::Software), BootVerification::WhenAccelerated) => {
                     "not booted, because KVM runs no guest on the node".to_owned()
                 }
@@ -292,12 +301,91 @@ impl Build<'_> {
                 image_report(&source, &file, provided, published, base_digest).ok_or(BuildError::Inconsistent)?;
             let about = (file.file_name(), &image);
             let Documents { sbom, provenance } =
-                documents::publish(&publisher, request, workspace, &assembled, &base_url, about, started).await?;
+                documents::publish(&publisher, request, workspace, &assembled, base_url.as_ref(), about, started)
+                    .await?;
             Ok::<_, BuildError>(ImageReport { sbom, provenance, ..image })
         };
         let image = self.stage(Stage::Publish, publish).await?;
         reporter.report(Stage::Publish, 1.0, "published");
         Ok(BuildOutcome { image, verification, stage_seconds: self.stage_seconds.clone() })
+    }
+
+    /// The stages of the engine `Native` between the first look and the finished disk.
+    async fn assemble(
+        &mut self,
+        native: &Native<'_>,
+        fetcher: &Fetcher,
+        provider: Option<&Provider>,
+        reporter: &Reporter,
+        workspace: &Workspace,
+    ) -> Result<MadeDisk, BuildError> {
+        let request = self.request;
+        let fetch = async {
+            reporter.report(Stage::Fetch, 0.0, "downloading");
+            let wanted = Fetched::wanted(&request.release);
+            let files = async { Ok::<_, BuildError>(fetcher.fetch_all(&wanted, reporter).await?) };
+            let (base, files) = match &request.base {
+                Base::Archive(archive) => {
+                    let base = async {
+                        let (file, digest) = fetcher.fetch_base(archive, |_, _| {}).await?;
+                        Ok((native::Base::Archive(file), archive.url.clone(), digest))
+                    };
+                    tokio::try_join!(base, files)?
+                }
+                Base::PrismImage(source) => {
+                    let provider = provider.ok_or(BuildError::Inconsistent)?;
+                    let disk = workspace.dir().join("source.disk");
+                    let SourceDisk { url, digest } = provider.fetch_source(source, &disk).await?;
+                    ((native::Base::Disk(disk), url, digest), files.await?)
+                }
+                Base::Recipe => return Err(BuildError::Inconsistent),
+            };
+            Ok::<_, BuildError>((base, Fetched::new(files).ok_or(BuildError::Inconsistent)?))
+        };
+        let ((base, base_url, base_digest), fetched) = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
+        let cache = workspace.cache();
+        let installed = self.stage(Stage::Install, native.install(&base, &fetched, &cache)).await?;
+        let expected = self.stage(Stage::Seal, async { native.seal(installed) }).await?;
+        Ok((self.stage(Stage::Assemble, native.assemble(expected)).await?, Some(base_url), Some(base_digest)))
+    }
+
+    /// The same of the engine `ImageBuilder`. Packer tells when its stages begin.
+    async fn run_packer(
+        &mut self,
+        engine: &ImageBuilder<'_>,
+        fetcher: &Fetcher,
+        reporter: &Reporter,
+        virtualization: Virtualization,
+    ) -> Result<MadeDisk, BuildError> {
+        let request = self.request;
+        let fetch = async {
+            reporter.report(Stage::Fetch, 0.0, "downloading");
+            let medium = async {
+                match &request.base {
+                    Base::Archive(archive) => fetcher.fetch_base(archive, |_, _| {}).await.map(Some),
+                    Base::Recipe | Base::PrismImage(_) => Ok(None),
+                }
+            };
+            let plugins = &request.release.cni_plugins.artifact;
+            let (medium, cni_plugins) = tokio::try_join!(medium, fetcher.fetch(plugins, |_, _| {}))?;
+            Ok::<_, BuildError>(imagebuilder::Fetched { medium, cni_plugins })
+        };
+        let fetched = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
+        let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, virtualization))).await;
+        let made = made.inspect_err(|error| {
+            if let BuildError::ImageBuilder(error) = error {
+                self.stage = error.stage().unwrap_or(self.stage);
+            }
+        })?;
+        self.stage_seconds.remove(&Stage::Install);
+        for (stage, took) in made.took {
+            *self.stage_seconds.entry(stage).or_default() += (took.as_secs_f64() * 10.0).round() / 10.0;
+        }
+        let url = match &request.base {
+            Base::Archive(archive) => Some(archive.url.clone()),
+            Base::Recipe | Base::PrismImage(_) => None,
+        };
+        Ok((made.assembled, url, made.base_digest))
     }
 }
 
@@ -317,7 +405,7 @@ fn image_report(
     file: &ImageSource,
     provided: Option<Provided>,
     published: Vec<Published>,
-    base_digest: String,
+    base_digest: Option<String>,
 ) -> Option<ImageReport> {
     let first = published.first().map(|one| one.summary.clone());
     let format = if first.is_some() { file.format() } else { source.format() };

@@ -85,10 +85,10 @@ pub(super) struct Subject<'s> {
     pub sha256: &'s str,
 }
 
-/// The statement. `base` is where the base came from, and its digest as `sha256:...` or `sha512:...`.
+/// The statement. `base` is where the base came from, and its digest as `sha256:...` or `sha512:...`, where they are known.
 pub(super) fn document(
     request: &BuildRequest,
-    (base, base_digest): (&Url, &str),
+    (base, base_digest): (Option<&Url>, Option<&str>),
     subject: Subject<'_>,
     started_on: Timestamp,
     finished_on: Timestamp,
@@ -113,6 +113,7 @@ pub(super) fn document(
         .collect();
     let external_parameters = json!({
         "os": os, "provider": provider, "firmware": firmware, "diskSizeMib": disk_size_mib, "verify": verify,
+        "engine": if request.engine.is_native() { "Native" } else { "ImageBuilder" },
         "releaseChannel": release.channel, "eksaRelease": release.eksa_version, "eksdRelease": release.eksd_name,
         "packages": {
             "install": packages.install,
@@ -123,13 +124,11 @@ pub(super) fn document(
         "files": files,
     });
     let sha256 = |digest: &str| BTreeMap::from([("sha256", digest.to_owned())]);
-    let (kind, digest) = base_digest.split_once(':').unwrap_or_default();
-    let kind = if kind == "sha512" { "sha512" } else { "sha256" };
-    let mut dependencies = vec![Resource {
-        name: "base".to_owned(),
-        uri: Some(shown(base)),
-        digest: BTreeMap::from([(kind, digest.to_owned())]),
-    }];
+    let digest = base_digest
+        .and_then(|digest| digest.split_once(':'))
+        .map(|(kind, digest)| (if kind == "sha512" { "sha512" } else { "sha256" }, digest.to_owned()));
+    let mut dependencies =
+        vec![Resource { name: "base".to_owned(), uri: base.map(shown), digest: digest.into_iter().collect() }];
     if let Base::Archive(Archive { checksum: BaseChecksum::Sha256Sums(url), .. }) = &request.base {
         dependencies.push(Resource {
             name: "base checksums".to_owned(),
@@ -195,7 +194,8 @@ mod tests {
         let subject = Subject { file_name: "debian-12-kube-1-34.gz", sha256: &"b".repeat(64) };
         let time = |text: &str| text.parse().unwrap();
         let (started, finished) = (time("2026-01-02T03:04:05Z"), time("2026-01-02T03:14:05Z"));
-        let text = document(&request, (&base, &format!("sha512:{}", "c".repeat(128))), subject, started, finished);
+        let text =
+            document(&request, (Some(&base), Some(&format!("sha512:{}", "c".repeat(128)))), subject, started, finished);
         assert!(!String::from_utf8_lossy(&text).contains("canary"));
 
         let statement: Value = serde_json::from_slice(&text).unwrap();

@@ -30,6 +30,7 @@ use super::{
     user_namespace::{self, Privileges},
 };
 use crate::{
+    api::v1alpha1::Engine,
     build::{self, Environment},
     contract::{
         Archive, Base, BaseChecksum, BuildIdentity, BuildOutcome, BuildReport, BuildRequest, Classified, ExtraFile,
@@ -40,7 +41,7 @@ use crate::{
         validate,
     },
     fetch::FetchError,
-    http,
+    http, imagebuilder,
     release::{PRODUCTION_MANIFEST_URL, ReleaseQuery, Resolver, archive},
     secret::{Credentials, Redactor},
 };
@@ -153,6 +154,12 @@ fn prepare(options: &Options) -> Result<Plan, Failure> {
         tracing::warn!("{warning}");
     }
     validate::supported(&translation.spec).map_err(UsageError::Refused)?;
+    if translation.spec.engine == Engine::ImageBuilder {
+        let what = "an installation medium or Ansible roles, so engine: ImageBuilder, on this machine";
+        let instead = "that engine runs in upstream's own container image; `image-builder manifest` with the same flags prints \
+                       the NodeImageBuild that asks an operator for it, or name a root file system archive in iso_url";
+        return Err(UsageError::not_supported(what, instead).into());
+    }
     if translation.ending.import {
         can_import(&translation)?;
     }
@@ -242,6 +249,7 @@ async fn build_here(options: &Options, plan: Plan, cancel: &CancellationToken) -
     let display = terminal::Stages::new();
     let environment = Environment {
         work_dir: work_dir.clone(),
+        upstream: imagebuilder::UPSTREAM_DIR.into(),
         reporter: display.reporter(),
         credentials: credentials(&translation, &redactor),
         redactor,
@@ -287,7 +295,7 @@ fn endpoints(translation: &Translation, has_tarball: bool) -> Result<Vec<Url>, F
         Base::Archive(Archive { checksum: BaseChecksum::Sha256Sums(sums), .. }) => Some(sums),
         Base::Archive(Archive { url, checksum: BaseChecksum::Sha256(_) | BaseChecksum::Sha512(_) }) => Some(url),
         // The build's first stage looks for it, with credentials.
-        Base::PrismImage(_) => None,
+        Base::PrismImage(_) | Base::Recipe => None,
     };
     let manifest = source.release_manifest_url.as_deref().unwrap_or(PRODUCTION_MANIFEST_URL);
     let first = match (&source.eksa_base_url, has_tarball) {

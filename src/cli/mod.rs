@@ -2,6 +2,7 @@
 
 mod build;
 mod clean_up;
+mod copy_program;
 mod crd;
 mod doctor;
 mod documents;
@@ -86,6 +87,9 @@ enum Command {
     /// Check the image contract in the system that this runs in; `verify` and builds call it in the booted image.
     #[command(hide = true)]
     GuestChecks(guest_checks::GuestChecksArgs),
+    /// Copy this program into a directory that containers share.
+    #[command(hide = true)]
+    CopyProgram(copy_program::CopyProgramArgs),
     /// Print the image contract (what `docs/image-contract.md` holds).
     #[command(hide = true)]
     ImageContract,
@@ -132,6 +136,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Serve(options) => serve::run(options),
         Command::Verify(args) => verify::run(&args),
         Command::GuestChecks(args) => guest_checks::run(&args),
+        Command::CopyProgram(args) => copy_program::run(&args),
         Command::ImageContract => {
             io::stdout().write_all(image_contract::document().as_bytes()).context("can not write to standard output")
         }

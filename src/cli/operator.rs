@@ -24,6 +24,9 @@ use crate::{
     release::PRODUCTION_MANIFEST_URL,
 };
 
+/// Upstream's own image, of the version that EKS Anywhere's tool builds with.
+const IMAGE_BUILDER_IMAGE: &str = "registry.k8s.io/scl-image-builder/cluster-node-image-builder-amd64:v0.1.48";
+
 /// Watches `NodeImageBuilds` and runs a Job for each.
 #[derive(Debug, Args)]
 pub(super) struct OperatorArgs {
@@ -33,6 +36,10 @@ pub(super) struct OperatorArgs {
     /// Image of the build pods: this program with QEMU and the file system tools.
     #[arg(long, env = "IMAGE_BUILDER_BUILDER_IMAGE")]
     builder_image: String,
+    /// Image of the build pods of the engine `ImageBuilder`: that of kubernetes-sigs/image-builder. This program is put
+    /// into it when a build starts.
+    #[arg(long, env = "IMAGE_BUILDER_IMAGE_BUILDER_IMAGE", default_value = IMAGE_BUILDER_IMAGE)]
+    image_builder_image: String,
     /// EKS Anywhere release manifest of resources that name none in spec.source.releaseManifestURL.
     #[arg(long, env = "IMAGE_BUILDER_RELEASE_MANIFEST_URL", default_value = PRODUCTION_MANIFEST_URL)]
     release_manifest_url: Url,
@@ -177,6 +184,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
     let OperatorArgs {
         namespace,
         builder_image,
+        image_builder_image,
         release_manifest_url,
         builder_service_account,
         placement: PlacementArgs { node_selector, allow_control_plane },
@@ -194,6 +202,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
     let lifecycle = lifecycle.settings()?;
     let settings = Settings {
         builder_image,
+        image_builder_image,
         release_manifest_url,
         builder_service_account,
         artifact_server,

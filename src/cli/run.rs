@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     build::{self, Environment},
     contract::{self, BuildReport, BuildRequest, FailureClass, FailureReport, Stage},
+    imagebuilder,
     progress::{Reporter, Style},
     secret::{Credentials, Redactor},
 };
@@ -33,6 +34,9 @@ pub(super) struct RunArgs {
     /// File for the report, which Kubernetes shows as the pod's termination message.
     #[arg(long, value_name = "FILE", default_value = contract::TERMINATION_LOG)]
     report: PathBuf,
+    /// Directory of kubernetes-sigs/image-builder, for builds of the engine `ImageBuilder`.
+    #[arg(long, value_name = "DIR", default_value = imagebuilder::UPSTREAM_DIR)]
+    upstream: PathBuf,
 }
 
 pub(super) fn run(args: &RunArgs) -> ExitCode {
@@ -109,7 +113,8 @@ fn build_to_report(args: &RunArgs, request: &BuildRequest, redactor: Redactor) -
         let cancel = CancellationToken::new();
         let watch = tokio::spawn(cancel_on_signal(cancel.clone()));
         let environment = Environment {
-            work_dir: args.work_dir.clone(),
+            work_dir: absolute(&args.work_dir),
+            upstream: absolute(&args.upstream),
             reporter: Reporter::new(Style::Json, Box::new(io::stdout())),
             credentials: Credentials::new(redactor.clone()),
             redactor,
@@ -120,6 +125,11 @@ fn build_to_report(args: &RunArgs, request: &BuildRequest, redactor: Redactor) -
         watch.abort();
         report
     })
+}
+
+/// Programs that the build calls run in other directories.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Kubernetes stops a pod by SIGTERM, a person by SIGINT.

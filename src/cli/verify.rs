@@ -118,6 +118,7 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<()> {
         release: None,
         images: vec![],
         packages: vec![],
+        upstream: false,
     };
     let runner = Runner::new(Redactor::default(), CancellationToken::new());
     let accelerator = if args.require_kvm { Accelerator::Kvm } else { Accelerator::Any };

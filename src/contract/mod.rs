@@ -4,6 +4,7 @@
 //! The document holds no secret: credentials are files in [`CREDENTIALS_DIR`], one directory a [`CredentialSlot`],
 //! mounted from the Secrets that the resource names.
 
+mod image_builder;
 mod nutanix;
 pub mod token;
 pub mod upload;
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use url::Url;
 
 pub use self::{
+    image_builder::{Engine, ImageBuilderSettings},
     nutanix::{ClusterReference, NutanixTarget, PrismSource},
     vsphere::{VsphereImage, VsphereTarget},
 };
@@ -181,9 +183,12 @@ pub enum Base {
     Archive(Archive),
     /// A disk image in the Prism Central that the image goes to.
     PrismImage(PrismSource),
+    /// The installation medium that upstream's recipe names; for the engine `ImageBuilder` only.
+    Recipe,
 }
 
-/// A root file system as a tar archive, plain or compressed by gzip, xz or zstd.
+/// A root file system as a tar archive, plain or compressed by gzip, xz or zstd; for the engine `ImageBuilder` an
+/// installation medium.
 #[derive(Clone, Debug, Eq, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Archive {
@@ -411,6 +416,9 @@ pub struct BuildRequest {
     pub provider: Provider,
     pub firmware: Firmware,
     pub release: ResolvedRelease,
+    /// What makes the disk.
+    #[serde(default, skip_serializing_if = "Engine::is_native")]
+    pub engine: Engine,
     pub base: Base,
     /// Size of the disk in MiB.
     pub disk_size_mib: u64,
@@ -579,9 +587,10 @@ pub struct ImageReport {
     /// UUID of the image in Prism Central, where it is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uuid: Option<String>,
-    /// Resolved digest of the base: of its archive, or of the disk that came from Prism Central. `sha256:...` or
-    /// `sha512:...`.
-    pub base_digest: String,
+    /// Resolved digest of the base: of its archive, of the disk that came from Prism Central, or of the installation medium,
+    /// where it is known. `sha256:...` or `sha512:...`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_digest: Option<String>,
     /// Where the list of what is in the image is (CycloneDX).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sbom: Option<Url>,

@@ -33,6 +33,7 @@ use super::{
 };
 use crate::{
     api::v1alpha1::{FINALIZER, NodeImageBuild, NodeImageBuildStatus},
+    contract::Engine,
     error::Chain,
 };
 
@@ -186,6 +187,10 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
         identity: &identity,
         annotations: annotations(&observed.wish, prepared, &release),
         image: &context.settings.builder_image,
+        upstream_image: match prepared.request.engine {
+            Engine::Native => None,
+            Engine::ImageBuilder(_) => Some(&context.settings.image_builder_image),
+        },
         service_account: context.settings.builder_service_account.as_deref(),
         references: &references,
         token_slot: prepared.token_slot.as_ref(),

@@ -33,6 +33,8 @@ use crate::{
 pub struct Settings {
     /// Image of the build pods.
     pub builder_image: String,
+    /// Image of the build pods of the engine `ImageBuilder`: upstream's own.
+    pub image_builder_image: String,
     /// The EKS Anywhere release manifest of resources that name none.
     pub release_manifest_url: Url,
     /// Service account of the build pods; the namespace's default one if none.

@@ -141,7 +141,9 @@ fn pod_state(pod: &Pod) -> PodState {
     if state.is_some_and(|state| state.running.is_some()) {
         return PodState::Running { pod: name(pod) };
     }
-    let waiting = state.and_then(|state| state.waiting.as_ref());
+    // The image of a container that runs before the build keeps it from starting as well.
+    let before = status.init_container_statuses.iter().flatten().find_map(|one| one.state.as_ref()?.waiting.as_ref());
+    let waiting = before.or_else(|| state?.waiting.as_ref());
     let image_blocker = waiting.and_then(|waiting| {
         let reason = waiting.reason.as_deref().unwrap_or_default();
         let message = shorten(waiting.message.as_deref().unwrap_or_default(), MAX_TEXT);

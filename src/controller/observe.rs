@@ -342,7 +342,7 @@ async fn prepare(
         };
         let base = match (&prepared.request.base, &listed) {
             (_, Some(digest)) => BaseNow::Digest(digest),
-            (Base::Archive(_), None) => BaseNow::Fixed,
+            (Base::Archive(_) | Base::Recipe, None) => BaseNow::Fixed,
             // The operator does not talk to Prism Central.
             (Base::PrismImage(_), None) => BaseNow::Unknown,
         };

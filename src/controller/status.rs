@@ -107,7 +107,7 @@ pub(super) fn set_image(status: &mut NodeImageBuildStatus, outcome: &BuildOutcom
         sbom_url: image.sbom.as_ref().map(ToString::to_string),
         provenance_url: image.provenance.as_ref().map(ToString::to_string),
     });
-    status.base_digest = Some(image.base_digest.clone());
+    status.base_digest.clone_from(&image.base_digest);
     status.verification = Some(outcome.verification.clone());
     status.stage_seconds.clone_from(&outcome.stage_seconds);
 }
@@ -151,7 +151,7 @@ mod tests {
             sha256: "00".into(),
             vsphere: None,
             uuid: Some("3cd498a2-99da-49a2-bbdf-14c349036019".into()),
-            base_digest: "sha256:00".into(),
+            base_digest: Some("sha256:00".into()),
             sbom: None,
             provenance: None,
         };

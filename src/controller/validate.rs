@@ -1,9 +1,10 @@
 //! From a resource and a resolved release to one build document, or to the reason why there is none. Pure.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use k8s_openapi::api::core::v1::Toleration;
 use serde::Serialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use url::Url;
 
@@ -14,15 +15,20 @@ use super::{
 };
 use crate::{
     api::v1alpha1::{
-        Base, Engine, Epel, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish, REBUILD_ANNOTATION,
-        Subscription, Vsphere,
+        Base, Engine, Epel, ImageBuilder, InvalidField, NodeImageBuild, NodeImageBuildSpec, Nutanix, Publish,
+        REBUILD_ANNOTATION, Subscription, Vsphere,
     },
     contract::{
         self, Archive, BaseChecksum, BuildIdentity, BuildRequest, ClusterReference, CredentialSlot, ExtraFile,
-        FileContent, NutanixTarget, OsName, PrismSource, ProviderTarget, PublishTarget, ResolvedRelease,
-        TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
+        FileContent, ImageBuilderSettings, NutanixTarget, OsName, PrismSource, Provider, ProviderTarget, PublishTarget,
+        ResolvedRelease, TRUST_BUNDLE_FILE, VERSION, VsphereTarget,
     },
 };
+
+/// Part of a build's longest time that Packer does not get: to remove what it made, and to say so.
+const CLEAN_UP_MARGIN: Duration = Duration::from_secs(300);
+/// It gets at least this.
+const LEAST_TIME: Duration = Duration::from_secs(60);
 
 /// Why nothing is built. The message says what to do.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -87,12 +93,12 @@ fn digest(value: &impl Serialize) -> String {
 
 /// Whether this version can build it, wherever that runs.
 pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
-    spec.provider()?;
-    match spec.engine {
-        Engine::Native => {}
-        Engine::ImageBuilder => {
-            return Err(Refusal::not_supported("spec.engine: ImageBuilder", "write Native, or leave engine out"));
+    match (spec.engine, spec.provider()?) {
+        (Engine::ImageBuilder, provider @ (Provider::Vsphere | Provider::Nutanix)) => {
+            let instead = "that engine makes baremetal images; write Native, or leave engine out";
+            return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
         }
+        (Engine::Native, _) | (Engine::ImageBuilder, Provider::Baremetal) => {}
     }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
@@ -169,7 +175,12 @@ pub fn request(
         provider: spec.provider()?,
         firmware: spec.firmware()?,
         release,
-        base: base(spec)?,
+        engine: engine(spec),
+        base: match (spec.engine, &spec.base) {
+            // Upstream's recipe names an installation medium.
+            (Engine::ImageBuilder, None) => contract::Base::Recipe,
+            (Engine::ImageBuilder, Some(_)) | (Engine::Native, _) => base(spec)?,
+        },
         disk_size_mib: spec.disk_size_mib()?,
         packages: contract::Packages {
             install: spec.packages.install.clone(),
@@ -246,6 +257,9 @@ fn inputs_digest(request: &BuildRequest) -> String {
         fields.remove("identity");
         fields.remove("version");
     }
+    if let Some(settings) = value.pointer_mut("/engine/imageBuilder").and_then(Value::as_object_mut) {
+        settings.remove("timeoutSeconds");
+    }
     digest(&value)
 }
 
@@ -304,6 +318,37 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
     })
+}
+
+/// What makes the disk, with the settings that only the engine `ImageBuilder` knows.
+fn engine(spec: &NodeImageBuildSpec) -> contract::Engine {
+    if spec.engine == Engine::Native {
+        return contract::Engine::Native;
+    }
+    let ImageBuilder {
+        first_boot_roles_pre,
+        first_boot_roles_post,
+        node_roles_pre,
+        node_roles_post,
+        reenable_public_repositories,
+        ssh_timeout_seconds,
+        ssh_handshake_attempts,
+        ansible_verbosity,
+    } = spec.image_builder.clone().unwrap_or_default();
+    let timeout = Duration::from(spec.build.timeout);
+    contract::Engine::ImageBuilder(Box::new(ImageBuilderSettings {
+        first_boot_roles_pre,
+        first_boot_roles_post,
+        node_roles_pre,
+        node_roles_post,
+        reenable_public_repositories,
+        ssh_timeout_seconds,
+        ssh_handshake_attempts,
+        ansible_verbosity: ansible_verbosity.unwrap_or_default(),
+        template: spec.vsphere.as_ref().and_then(|vsphere| vsphere.template.clone()),
+        linked_clone: spec.vsphere.as_ref().and_then(|vsphere| vsphere.linked_clone).unwrap_or_default(),
+        timeout_seconds: timeout.saturating_sub(CLEAN_UP_MARGIN).max(LEAST_TIME).as_secs(),
+    }))
 }
 
 /// Fedora's package source for a version of Red Hat Enterprise Linux, as the EKS Anywhere tool uses it.
@@ -579,6 +624,7 @@ mod tests {
     fn prepared(build: &NodeImageBuild) -> Prepared {
         let settings = Settings {
             builder_image: "b".into(),
+            image_builder_image: "i".into(),
             release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
             builder_service_account: None,
             artifact_server: None,
@@ -719,6 +765,7 @@ mod tests {
         let build = vsphere(("ubuntu", "22.04"), json!({field: value}));
         let settings = Settings {
             builder_image: "b".into(),
+            image_builder_image: "i".into(),
             release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
             builder_service_account: None,
             artifact_server: None,
@@ -729,6 +776,67 @@ mod tests {
         let refusal = prepare(&build, &wish(&build), release(), None, &settings).unwrap_err();
         let named = format!("spec.vsphere.{field}");
         assert!(refusal.message.contains(&named) && refusal.message.contains("engine: ImageBuilder"), "{refusal:?}");
+    }
+
+    fn metal(os: (&str, &str), more: Value) -> NodeImageBuildSpec {
+        let mut spec = json!({
+            "os": {"name": os.0, "version": os.1}, "releaseChannel": "1-31", "baremetal": {}, "engine": "ImageBuilder",
+        });
+        let Value::Object(more) = more else { panic!("not an object") };
+        spec.as_object_mut().unwrap().extend(more);
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn identity() -> BuildIdentity {
+        BuildIdentity { namespace: "images".into(), name: "image".into(), build_id: String::new() }
+    }
+
+    #[test]
+    fn settings_of_the_engine_image_builder_are_passed_on() {
+        let spec = metal(
+            ("redhat", "9"),
+            json!({
+                "base": {"url": "https://mirror.example.com/rhel.iso", "sha256": "00"},
+                "subscription": {"credentialsSecretRef": {"name": "rhsm"}},
+                "packages": {"epel": {"enabled": false}},
+                "build": {"timeout": "3h"},
+                "imageBuilder": {"nodeRolesPost": ["/roles/own"], "ansibleVerbosity": 2},
+            }),
+        );
+        supported(&spec).unwrap();
+        let request = request(&spec, release(), identity()).unwrap();
+        let contract::Engine::ImageBuilder(settings) = &request.engine else { panic!("{request:?}") };
+        assert_eq!(settings.node_roles_post, ["/roles/own"]);
+        assert_eq!((settings.ansible_verbosity, settings.timeout_seconds), (2, 3 * 3600 - 300));
+        assert_eq!(request.packages.epel, None);
+        let slot = CredentialSlot("rhsm".into());
+        assert_eq!(request.subscription.as_ref().map(|subscription| &subscription.slot), Some(&slot));
+        let references = super::super::references::references(&spec);
+        assert_eq!(references[0].used_as, super::super::references::Use::Credentials(slot));
+    }
+
+    #[test]
+    fn without_a_base_the_recipes_own_medium_is_used_and_more_time_is_no_other_image() {
+        let digest = |timeout: &str| {
+            let spec = metal(("ubuntu", "22.04"), json!({"build": {"timeout": timeout}}));
+            let request = request(&spec, release(), identity()).unwrap();
+            assert_eq!(request.base, contract::Base::Recipe);
+            inputs_digest(&request)
+        };
+        assert_eq!(digest("2h"), digest("4h"));
+    }
+
+    #[rstest]
+    #[case::vsphere(vsphere(("ubuntu", "22.04"), json!({})).spec, Engine::ImageBuilder, "write Native")]
+    fn what_an_engine_does_not_make_is_refused(
+        #[case] mut spec: NodeImageBuildSpec,
+        #[case] engine: Engine,
+        #[case] advice: &str,
+    ) {
+        spec.engine = engine;
+        let refusal = supported(&spec).unwrap_err();
+        assert_eq!(refusal.reason, "NotSupported");
+        assert!(refusal.message.contains(advice), "{refusal:?}");
     }
 
     #[test]

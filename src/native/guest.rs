@@ -6,11 +6,14 @@
 
 use std::{
     collections::VecDeque,
-    fs, io,
+    fs,
+    io::{self, Write},
     path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
 };
+
+use fatfs::{FileSystem, FormatVolumeOptions, FsOptions};
 
 use super::{
     accelerator::{QEMU, Virtualization},
@@ -30,7 +33,7 @@ const SIGN_OF_LIFE: Duration = Duration::from_secs(180);
 /// Memory of the guest in MiB, as of upstream's build machine.
 const MEMORY_MIB: &str = "2048";
 /// What the seed disk is called; cloud-init looks for this name.
-const SEED_LABEL: &str = "CIDATA";
+const SEED_LABEL: [u8; 11] = *b"CIDATA     ";
 /// UEFI firmware and its variables, as distributions place them.
 const FIRMWARE: &[(&str, &str)] = &[
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
@@ -53,8 +56,6 @@ pub enum GuestError {
     Write { path: PathBuf, source: io::Error },
     #[error("there is no UEFI firmware for QEMU here (looked for {looked}); install the package ovmf")]
     NoFirmware { looked: String },
-    #[error("can not prepare the guest's seed disk")]
-    Seed { source: ProcessError },
     #[error("the emulator did not run the image")]
     Emulator { source: ProcessError },
     #[error("the image's kernel panicked while it started: {console}")]
@@ -78,7 +79,7 @@ impl Classified for GuestError {
     fn class(&self) -> FailureClass {
         match self {
             Self::Write { .. } | Self::NoFirmware { .. } => FailureClass::Environment,
-            Self::Seed { source } | Self::Emulator { source } => source.class(),
+            Self::Emulator { source } => source.class(),
             // Another attempt makes the same image.
             Self::Panic { .. } | Self::Emergency { .. } | Self::NoReport { .. } | Self::Checks { .. } => {
                 FailureClass::BadInput
@@ -91,7 +92,7 @@ impl Classified for GuestError {
         match self {
             Self::Write { .. } => "WorkDirectoryUnusable",
             Self::NoFirmware { .. } => "ToolMissing",
-            Self::Seed { source } | Self::Emulator { source } => source.reason(),
+            Self::Emulator { source } => source.reason(),
             Self::Panic { .. } => "KernelPanic",
             Self::Emergency { .. } => "EmergencyShell",
             Self::Silent { .. } | Self::NoReport { .. } => "BootFailed",
@@ -146,7 +147,7 @@ impl Guest<'_> {
     pub async fn boot(&self, runner: &Runner) -> Result<Booted, GuestError> {
         let write = |path: &Path, source| GuestError::Write { path: path.to_owned(), source };
         fs::create_dir_all(self.scratch).map_err(|source| write(self.scratch, source))?;
-        let seed = self.seed(runner).await?;
+        let seed = self.seed()?;
         let report = self.scratch.join("report");
         let spec = self.command(&seed, &report)?;
 
@@ -171,27 +172,23 @@ impl Guest<'_> {
     }
 
     /// A FAT file system with what cloud-init reads, this program and its expectations.
-    async fn seed(&self, runner: &Runner) -> Result<PathBuf, GuestError> {
+    fn seed(&self) -> Result<PathBuf, GuestError> {
         let seed = self.scratch.join("seed.img");
-        let files = self.scratch.join("seed");
         let make = || {
-            fs::create_dir_all(&files)?;
-            fs::write(files.join("user-data"), USER_DATA)?;
-            fs::write(files.join("meta-data"), META_DATA)?;
-            fs::write(files.join("expected.json"), serde_json::to_vec(self.expected)?)?;
-            fs::copy(self.program, files.join("image-builder"))?;
-            let program = fs::metadata(self.program)?.len();
-            fs::File::create(&seed)?.set_len((program + (8 << 20)).next_multiple_of(1 << 20))
+            let size = (fs::metadata(self.program)?.len() + (8 << 20)).next_multiple_of(1 << 20);
+            let mut image = fs::File::options().create(true).truncate(true).read(true).write(true).open(&seed)?;
+            image.set_len(size)?;
+            fatfs::format_volume(&mut image, FormatVolumeOptions::new().volume_label(SEED_LABEL))?;
+            let volume = FileSystem::new(image, FsOptions::new())?;
+            let root = volume.root_dir();
+            root.create_file("user-data")?.write_all(USER_DATA.as_bytes())?;
+            root.create_file("meta-data")?.write_all(META_DATA.as_bytes())?;
+            root.create_file("expected.json")?.write_all(&serde_json::to_vec(self.expected)?)?;
+            io::copy(&mut fs::File::open(self.program)?, &mut root.create_file("image-builder")?)?;
+            drop(root);
+            volume.unmount()
         };
         make().map_err(|source| GuestError::Write { path: seed.clone(), source })?;
-        let names = ["user-data", "meta-data", "expected.json", "image-builder"].map(|name| files.join(name));
-        let commands = [
-            CommandSpec::new("mkfs.vfat").args(["-n", SEED_LABEL]).arg(&seed),
-            CommandSpec::new("mcopy").args(["-Q", "-i"]).arg(&seed).args(names).arg("::/"),
-        ];
-        for command in commands {
-            runner.run(command).await.map_err(|source| GuestError::Seed { source })?;
-        }
         Ok(seed)
     }
 

@@ -39,6 +39,7 @@ use std::{
 pub use artifacts::Fetched;
 pub use error::NativeError;
 pub use packages::InstalledPackage;
+pub(crate) use packages::installed;
 
 use self::{
     accelerator::Virtualization,
@@ -109,6 +110,11 @@ pub struct Assembled {
 }
 
 impl Assembled {
+    /// A disk that another engine made.
+    pub fn new(disk: PathBuf, packages: Vec<InstalledPackage>, expected: Expected) -> Self {
+        Self { disk, packages, expected }
+    }
+
     /// Names of the container images in it.
     pub fn images(&self) -> &[String] {
         &self.expected.images
@@ -294,6 +300,7 @@ impl<'b> Native<'b> {
             release: Some(release.clone()),
             images: installed.images,
             packages: recipe.chain(more).collect(),
+            upstream: false,
         };
         self.reporter.report(Stage::Seal, 0.5, "checking the image contract");
         let results =

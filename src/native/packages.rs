@@ -325,7 +325,8 @@ pub(super) async fn list(chroot: &Chroot, os: OsName) -> Result<Vec<InstalledPac
     Ok(installed(&output.stdout))
 }
 
-fn installed(listing: &str) -> Vec<InstalledPackage> {
+/// Reads a list of packages: a line each, with status, name, version, architecture, source and its version between tabs.
+pub(crate) fn installed(listing: &str) -> Vec<InstalledPackage> {
     let mut packages: Vec<_> = listing
         .lines()
         .filter_map(|line| {

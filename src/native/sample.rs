@@ -48,5 +48,6 @@ pub(super) fn expected(provider: Provider) -> Expected {
         images: vec![request.release.pause_image.clone()],
         release: Some(request.release),
         packages,
+        upstream: false,
     }
 }

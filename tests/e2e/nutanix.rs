@@ -107,7 +107,7 @@ pub async fn from_it(prism: &Prism, source: (String, String), raw: &Path) {
     let digest = Command::new("sha256sum").arg(raw).output().await.unwrap();
     let digest = String::from_utf8(digest.stdout).unwrap();
     let digest = digest.split_whitespace().next().unwrap();
-    assert_eq!(outcome.image.base_digest, format!("sha256:{digest}"));
+    assert_eq!(outcome.image.base_digest, Some(format!("sha256:{digest}")));
     let provenance = outcome.image.provenance.unwrap().to_file_path().unwrap();
     let provenance: Value = serde_json::from_slice(&std::fs::read(provenance).unwrap()).unwrap();
     let base = &provenance["predicate"]["buildDefinition"]["resolvedDependencies"][0];

@@ -174,6 +174,7 @@ async fn every_broken_promise_of_a_started_image_is_seen() {
         images: vec![pause.clone()],
         release: Some(release),
         packages: vec![],
+        upstream: false,
     };
     let checked: Vec<_> =
         image_contract::promises().filter(|promise| promise.level == Level::Guest).map(|promise| promise.id).collect();

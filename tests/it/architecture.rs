@@ -6,16 +6,32 @@ use crate::support::sources;
 
 /// A module and the modules of this crate that it must not name.
 const FORBIDDEN: &[(&str, &[&str])] = &[
-    ("contract", &["api", "release", "fetch", "package", "native", "publish", "build", "cli", "controller", "serve"]),
+    (
+        "contract",
+        &[
+            "api",
+            "release",
+            "fetch",
+            "package",
+            "native",
+            "imagebuilder",
+            "publish",
+            "build",
+            "cli",
+            "controller",
+            "serve",
+        ],
+    ),
     ("api", &["release", "fetch", "package", "native", "publish", "build", "cli", "controller", "serve"]),
     ("release", &["api", "package", "native", "publish", "build", "cli", "controller", "serve"]),
     ("fetch", &["api", "release", "package", "native", "publish", "build", "cli", "controller", "serve"]),
     ("package", &["api", "release", "fetch", "native", "publish", "build", "cli", "controller", "serve"]),
-    ("native", &["api", "release", "publish", "build", "cli", "controller", "serve"]),
-    ("publish", &["api", "release", "native", "build", "cli", "controller", "serve"]),
+    ("native", &["api", "release", "imagebuilder", "publish", "build", "cli", "controller", "serve"]),
+    ("imagebuilder", &["api", "release", "fetch", "package", "publish", "build", "cli", "controller", "serve"]),
+    ("publish", &["api", "release", "native", "imagebuilder", "build", "cli", "controller", "serve"]),
     ("serve", &["api", "release", "fetch", "native", "publish", "build", "cli", "controller"]),
     ("build", &["api", "cli", "controller", "serve"]),
-    ("controller", &["fetch", "package", "native", "publish", "build", "cli", "serve"]),
+    ("controller", &["fetch", "package", "native", "imagebuilder", "publish", "build", "cli", "serve"]),
 ];
 
 #[test]

@@ -11,6 +11,7 @@ mod examples;
 mod failures;
 mod fetch;
 mod image_contract;
+mod imagebuilder;
 mod installed;
 mod monitoring;
 mod nutanix;

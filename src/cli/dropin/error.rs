@@ -39,7 +39,7 @@ impl UsageError {
         Self::Flags { what: what.into(), instead: instead.into() }
     }
 
-    pub(super) fn not_supported(what: impl Into<String>, instead: impl Into<String>) -> Self {
+    pub(crate) fn not_supported(what: impl Into<String>, instead: impl Into<String>) -> Self {
         Self::NotSupported { what: what.into(), instead: instead.into() }
     }
 }

@@ -9,11 +9,11 @@ use k8s_openapi::{
             PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
         },
         core::v1::{
-            ConfigMapVolumeSource, Container, EmptyDirVolumeSource, KeyToPath, PodSpec, PodTemplateSpec,
+            Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, KeyToPath, PodSpec, PodTemplateSpec,
             ResourceRequirements, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
         },
     },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
 };
 
 use super::{
@@ -29,6 +29,12 @@ const BUILD_DIR: &str = "/etc/image-builder/build";
 const TRUST_DIR: &str = "/etc/image-builder/trust";
 /// Time for the build to clean up after it is told to stop, in seconds.
 const GRACE_SECONDS: i64 = 60;
+/// The same for a build that has to wait for Packer.
+const PACKER_GRACE_SECONDS: i64 = 300;
+/// Where a build in upstream's image finds this program.
+const PROGRAM_DIR: &str = "/opt/image-builder";
+/// The user that copies it there.
+const COPY_USER: i64 = 65532;
 /// Only the owner, root, reads what comes from Secrets.
 const SECRET_MODE: i32 = 0o400;
 
@@ -48,6 +54,8 @@ pub struct JobInputs<'a> {
     /// Kept on the Job, so that the build can be judged when nothing else is left.
     pub annotations: BTreeMap<String, String>,
     pub image: &'a str,
+    /// Image that the build runs in instead, with this program copied into it from `image`.
+    pub upstream_image: Option<&'a str>,
     pub service_account: Option<&'a str>,
     pub references: &'a [Reference],
     /// Where the upload token goes, when there is one.
@@ -65,6 +73,7 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         identity,
         annotations,
         image,
+        upstream_image,
         service_account,
         references,
         token_slot,
@@ -83,11 +92,15 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         mounts.add(volume, format!("{CREDENTIALS_DIR}/{}", slot.0), true);
     }
     mounts.references(references);
+    if upstream_image.is_some() {
+        mounts.add(empty_volume("program"), PROGRAM_DIR.to_owned(), true);
+    }
     let Mounts { volumes, mounts } = mounts;
 
     let container = Container {
         name: BUILD_CONTAINER.to_owned(),
-        image: Some(image.to_owned()),
+        image: Some(upstream_image.unwrap_or(image).to_owned()),
+        command: upstream_image.map(|_| vec![program()]),
         args: Some(["run", "--build", BUILD_FILE].map(str::to_owned).to_vec()),
         working_dir: Some(WORK_DIR.to_owned()),
         resources: Some(resources),
@@ -102,6 +115,7 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         ..Container::default()
     };
     let pod = PodSpec {
+        init_containers: upstream_image.map(|_| vec![copy_program(image)]),
         containers: vec![container],
         volumes: Some(volumes),
         restart_policy: Some("Never".to_owned()),
@@ -110,7 +124,11 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         service_account_name: service_account.map(str::to_owned),
         node_selector: (!node_selector.is_empty()).then_some(node_selector),
         tolerations: (!tolerations.is_empty()).then_some(tolerations),
-        termination_grace_period_seconds: Some(GRACE_SECONDS),
+        termination_grace_period_seconds: Some(if upstream_image.is_some() {
+            PACKER_GRACE_SECONDS
+        } else {
+            GRACE_SECONDS
+        }),
         ..PodSpec::default()
     };
     let mut metadata = identity.metadata();
@@ -206,7 +224,43 @@ pub(super) fn failure_rules() -> Vec<PodFailurePolicyRule> {
 }
 
 fn work_volume() -> Volume {
-    Volume { name: "work".to_owned(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }
+    empty_volume("work")
+}
+
+fn empty_volume(name: &str) -> Volume {
+    Volume { name: name.to_owned(), empty_dir: Some(EmptyDirVolumeSource::default()), ..Volume::default() }
+}
+
+fn program() -> String {
+    format!("{PROGRAM_DIR}/image-builder")
+}
+
+/// Copies this program from its own image to where the build finds it.
+fn copy_program(image: &str) -> Container {
+    let requests = [("cpu", "10m"), ("memory", "32Mi")];
+    Container {
+        name: "copy-program".to_owned(),
+        image: Some(image.to_owned()),
+        args: Some(vec!["copy-program".to_owned(), program()]),
+        resources: Some(ResourceRequirements {
+            requests: Some(requests.map(|(key, value)| (key.to_owned(), Quantity(value.to_owned()))).into()),
+            ..ResourceRequirements::default()
+        }),
+        volume_mounts: Some(vec![VolumeMount {
+            name: "program".to_owned(),
+            mount_path: PROGRAM_DIR.to_owned(),
+            ..VolumeMount::default()
+        }]),
+        security_context: Some(SecurityContext {
+            allow_privilege_escalation: Some(false),
+            capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
+            read_only_root_filesystem: Some(true),
+            run_as_non_root: Some(true),
+            run_as_user: Some(COPY_USER),
+            ..SecurityContext::default()
+        }),
+        ..Container::default()
+    }
 }
 
 fn items(keys: &[(&str, &str)]) -> Option<Vec<KeyToPath>> {
@@ -237,5 +291,62 @@ fn config_map_volume(name: &str, config_map: &str, keys: &[(&str, &str)]) -> Vol
             ..ConfigMapVolumeSource::default()
         }),
         ..Volume::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+
+    use super::*;
+
+    fn pod(upstream_image: Option<&str>) -> PodSpec {
+        let identity = Identity {
+            namespace: "images".into(),
+            name: "ubuntu".into(),
+            build_id: "0123456789".into(),
+            owner: OwnerReference::default(),
+        };
+        let job = job(JobInputs {
+            identity: &identity,
+            annotations: BTreeMap::new(),
+            image: "ours",
+            upstream_image,
+            service_account: None,
+            references: &[],
+            token_slot: None,
+            resources: ResourceRequirements::default(),
+            node_selector: BTreeMap::new(),
+            tolerations: vec![],
+            timeout_seconds: 60,
+            retries: 0,
+        });
+        job.spec.unwrap().template.spec.unwrap()
+    }
+
+    #[test]
+    fn a_build_in_upstreams_image_gets_this_program_from_ours() {
+        let pod = pod(Some("upstreams"));
+        let [before] = &pod.init_containers.unwrap()[..] else { panic!("not one init container") };
+        let [build] = &pod.containers[..] else { panic!("not one container") };
+        assert_eq!((before.image.as_deref(), build.image.as_deref()), (Some("ours"), Some("upstreams")));
+        let program = "/opt/image-builder/image-builder".to_owned();
+        assert_eq!(build.command.as_deref().unwrap(), std::slice::from_ref(&program));
+        assert_eq!(before.args.as_ref().unwrap(), &["copy-program".to_owned(), program]);
+        let at = |container: &Container| {
+            let mounts = container.volume_mounts.clone().unwrap();
+            mounts.into_iter().find(|mount| mount.name == "program").map(|mount| (mount.mount_path, mount.read_only))
+        };
+        assert_eq!(at(before), Some((PROGRAM_DIR.to_owned(), None)));
+        assert_eq!(at(build), Some((PROGRAM_DIR.to_owned(), Some(true))));
+        // Packer removes what it made when the pod is told to stop.
+        assert_eq!(pod.termination_grace_period_seconds, Some(PACKER_GRACE_SECONDS));
+    }
+
+    #[test]
+    fn a_native_build_runs_in_our_image_alone() {
+        let pod = pod(None);
+        assert_eq!(pod.init_containers, None);
+        assert_eq!((pod.containers[0].image.as_deref(), &pod.containers[0].command), (Some("ours"), &None));
     }
 }

@@ -82,7 +82,7 @@ impl Nutanix {
         let work = async {
             let source = match &request.base {
                 Base::PrismImage(source) => Some(source.prism_image.as_str()),
-                Base::Archive(_) => None,
+                Base::Archive(_) | Base::Recipe => None,
             };
             place::check(&prism, &self.target, source).await?;
             upload::occupants(&prism, &self.target, &request.identity).await.map(drop)

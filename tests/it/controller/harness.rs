@@ -187,6 +187,7 @@ impl Harness {
     pub fn settings(&self) -> Settings {
         Settings {
             builder_image: "registry.example.com/builder:1".to_owned(),
+            image_builder_image: "upstream".into(),
             release_manifest_url: format!("{}/manifest.yaml", self.mirror.url).parse().unwrap(),
             builder_service_account: None,
             lifecycle: Lifecycle::default(),
@@ -617,7 +618,7 @@ pub fn outcome(request: &BuildRequest) -> BuildOutcome {
             size: 734_003_200,
             virtual_size: 6_979_321_856,
             sha256: hex::encode(Sha256::digest(&directory)),
-            base_digest: format!("sha256:{}", hex::encode(Sha256::digest("base"))),
+            base_digest: Some(format!("sha256:{}", hex::encode(Sha256::digest("base")))),
             sbom: None,
             provenance: None,
         },

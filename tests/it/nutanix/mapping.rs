@@ -50,6 +50,7 @@ fn prepare(nutanix: &Value) -> Result<Prepared, Refusal> {
     let build = build(nutanix);
     let settings = Settings {
         builder_image: "builder".into(),
+        image_builder_image: "upstream".into(),
         release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
         builder_service_account: None,
         artifact_server: None,
@@ -154,6 +155,7 @@ fn image_is_exported_to_the_targets_too() {
         serde_json::from_value(json!([{"http": {"url": "https://files.example.com/images"}}])).unwrap();
     let settings = Settings {
         builder_image: "builder".into(),
+        image_builder_image: "upstream".into(),
         release_manifest_url: "http://mirror/manifest.yaml".parse().unwrap(),
         builder_service_account: None,
         artifact_server: None,

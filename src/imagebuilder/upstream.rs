@@ -1,0 +1,386 @@
+//! A working copy of upstream's directory, made ready for one build: what upstream's `make` would render is rendered, and
+//! what keeps its roles from installing a release of EKS Distro is changed (docs/engines.md).
+
+use std::{
+    fs, io,
+    os::unix::fs::DirBuilderExt,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+use super::recipe::Recipe;
+use crate::{
+    contract::{Classified, FailureClass, ImageBuilderSettings},
+    native::accelerator::Virtualization,
+};
+
+/// What Packer and Ansible need of upstream's directory. The second two are not in every version.
+const PARTS: [&str; 5] = ["packer", "ansible", "hack", "cloudinit", "ansible.cfg"];
+/// Our own roles: name, and tasks.
+const ROLES: [(&str, &str); 2] = [
+    (ROLE_PRE, include_str!("roles/eksa_pre/tasks/main.yml")),
+    (ROLE_POST, include_str!("roles/eksa_post/tasks/main.yml")),
+];
+/// Runs before upstream's roles.
+pub(super) const ROLE_PRE: &str = "eksa_pre";
+/// Runs after upstream's roles, before its sysprep.
+pub(super) const ROLE_POST: &str = "eksa_post";
+
+/// A line of upstream's tasks that is replaced where it is there: file below `ansible`, beginning of the line without its
+/// indentation, what takes its place. Images with the patches of EKS Anywhere's own tool have other lines, and keep them.
+const EDITS: [(&str, &str, &str); 3] = [
+    // EKS Distro's archives end with .tar.gz; the digest stands in the var-file, but upstream asks for a file beside it.
+    (
+        "roles/kubernetes/tasks/url.yml",
+        "url: \"{{ kubernetes_cni_http_source }}/{{ kubernetes_cni_semver }}/",
+        "url: \"{{ eksa_cni_url }}\"",
+    ),
+    (
+        "roles/kubernetes/tasks/crictl-url.yml",
+        "checksum: sha256:{{ crictl_url }}.sha256",
+        "checksum: sha256:{{ crictl_sha256 }}",
+    ),
+    (
+        "roles/containerd/tasks/main.yml",
+        "checksum: sha256:{{ containerd_url }}.sha256sum",
+        "checksum: sha256:{{ containerd_sha256 }}",
+    ),
+];
+
+/// Why upstream's directory can not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    #[error(
+        "{} has no {missing}, which this image is made by; use an image of kubernetes-sigs/image-builder that has it \
+         (operator.imageBuilderImage of the chart, see docs/engines.md)", .directory.display()
+    )]
+    Missing { directory: PathBuf, missing: String },
+    #[error("the template {} has no builder `{builder}`; use the version of the image that docs/engines.md names", .path.display())]
+    NoBuilder { path: PathBuf, builder: &'static str },
+    #[error("can not read the template {}", .path.display())]
+    Template { path: PathBuf, source: serde_json::Error },
+    #[error("can not copy {} for the build", .path.display())]
+    Copy { path: PathBuf, source: io::Error },
+}
+
+impl Classified for UpstreamError {
+    fn class(&self) -> FailureClass {
+        FailureClass::Environment
+    }
+
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Copy { .. } => "WorkDirectoryUnusable",
+            Self::Missing { .. } | Self::NoBuilder { .. } | Self::Template { .. } => "RecipeUnusable",
+        }
+    }
+}
+
+/// The password of the account that is built with. The account is deleted when the machine is shut down.
+pub(super) struct SshPassword {
+    pub(super) plain: String,
+    /// As in `/etc/shadow`.
+    pub(super) hashed: String,
+}
+
+/// What is changed in the template.
+pub(super) struct Edits<'e> {
+    pub(super) recipe: &'e Recipe,
+    pub(super) settings: &'e ImageBuilderSettings,
+    /// What runs the machine that is built in.
+    pub(super) virtualization: Virtualization,
+}
+
+/// The working copy.
+#[derive(Debug)]
+pub(super) struct WorkingCopy {
+    pub(super) dir: PathBuf,
+}
+
+/// Whether `upstream` has what `recipe` needs.
+pub(super) fn check(upstream: &Path, recipe: &Recipe) -> Result<(), UpstreamError> {
+    let template = [recipe.template.to_owned(), format!("{}.tmpl", recipe.template)];
+    let has = |path: &str| upstream.join(path).exists();
+    let rendered = |path: &String| has(path) || has(&format!("{path}.tmpl"));
+    let missing =
+        |missing: &str| UpstreamError::Missing { directory: upstream.to_owned(), missing: missing.to_owned() };
+    if !template.iter().any(|path| has(path)) {
+        return Err(missing(recipe.template));
+    }
+    // Which of the common ones there are depends on upstream's version.
+    let own = recipe.var_files.iter().filter(|path| !path.starts_with("packer/config/"));
+    match own.into_iter().find(|path| !rendered(path)) {
+        Some(path) => Err(missing(path)),
+        None => Ok(()),
+    }
+}
+
+impl WorkingCopy {
+    /// Copies `upstream` to `dir`, which only this user may read, and makes it ready.
+    pub(super) fn make(
+        upstream: &Path,
+        dir: PathBuf,
+        password: &SshPassword,
+        edits: &Edits<'_>,
+    ) -> Result<Self, UpstreamError> {
+        let failed = |path: &Path| {
+            let path = path.to_owned();
+            move |source| UpstreamError::Copy { path, source }
+        };
+        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(failed(&dir))?;
+        for part in PARTS {
+            let from = upstream.join(part);
+            if from.exists() {
+                copy(&from, &dir.join(part)).map_err(failed(&from))?;
+            }
+        }
+        let copy = Self { dir };
+        render(&copy.dir.join("packer"), password).map_err(failed(&copy.dir))?;
+        for (name, tasks) in ROLES {
+            let role = copy.dir.join("ansible/roles").join(name).join("tasks");
+            fs::create_dir_all(&role).and_then(|()| fs::write(role.join("main.yml"), tasks)).map_err(failed(&role))?;
+        }
+        for (file, line, instead) in EDITS {
+            let path = copy.dir.join("ansible").join(file);
+            replace_line(&path, line, instead).map_err(failed(&path))?;
+        }
+        let template = copy.dir.join(edits.recipe.template);
+        let text = fs::read_to_string(&template).map_err(failed(&template))?;
+        let unreadable = |source| UpstreamError::Template { path: template.clone(), source };
+        let mut document: Value = serde_json::from_str(&text).map_err(unreadable)?;
+        let no_builder = || UpstreamError::NoBuilder { path: template.clone(), builder: edits.recipe.builder };
+        edit(&mut document, edits).ok_or_else(no_builder)?;
+        fs::write(&template, document.to_string()).map_err(failed(&template))?;
+        Ok(copy)
+    }
+
+    /// Values of a var-file of upstream's, if it is there and one.
+    pub(super) fn vars(&self, path: &str) -> Option<Value> {
+        serde_json::from_str(&fs::read_to_string(self.dir.join(path)).ok()?).ok()
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> io::Result<()> {
+    let kind = fs::symlink_metadata(from)?.file_type();
+    if kind.is_symlink() {
+        return std::os::unix::fs::symlink(fs::read_link(from)?, to);
+    }
+    if !kind.is_dir() {
+        return fs::copy(from, to).map(drop);
+    }
+    fs::create_dir(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        copy(&entry.path(), &to.join(entry.file_name()))?;
+    }
+    Ok(())
+}
+
+/// Writes each `x.tmpl` below `dir` as `x`, with the password.
+fn render(dir: &Path, password: &SshPassword) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        let (path, kind) = entry.map(|entry| (entry.path(), entry.file_type()))?;
+        if kind?.is_dir() {
+            render(&path, password)?;
+        } else if path.extension().is_some_and(|extension| extension == "tmpl") {
+            let text = fs::read_to_string(&path)?;
+            let text = text.replace("$ENCRYPTED_SSH_PASSWORD", &password.hashed);
+            fs::write(path.with_extension(""), text.replace("$SSH_PASSWORD", &password.plain))?;
+        }
+    }
+    Ok(())
+}
+
+fn replace_line(path: &Path, line: &str, instead: &str) -> io::Result<()> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        text => text?,
+    };
+    let mut changed = String::with_capacity(text.len());
+    for old in text.split_inclusive('\n') {
+        let content = old.trim_start();
+        if content.starts_with(line) {
+            let indentation = &old[..old.len() - content.len()];
+            changed.extend([indentation, instead, "\n"]);
+        } else {
+            changed.push_str(old);
+        }
+    }
+    if changed == text { Ok(()) } else { fs::write(path, changed) }
+}
+
+/// `None` where the builder is not there.
+fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
+    let Edits { recipe, settings, virtualization } = edits;
+    let is_it = |builder: &Value| {
+        let name = builder.get("name").or_else(|| builder.get("type"));
+        name.and_then(Value::as_str) == Some(recipe.builder)
+    };
+    let mut builder = template.get("builders")?.as_array()?.iter().find(|builder| is_it(builder))?.clone();
+    let keys = builder.as_object_mut()?;
+    if let Some(seconds) = settings.ssh_timeout_seconds {
+        keys.insert("ssh_timeout".to_owned(), json!(format!("{seconds}s")));
+    }
+    if let Some(attempts) = settings.ssh_handshake_attempts {
+        keys.insert("ssh_handshake_attempts".to_owned(), json!(attempts.to_string()));
+    }
+    if *virtualization == Virtualization::Software && keys.contains_key("accelerator") {
+        keys.insert("accelerator".to_owned(), json!("tcg"));
+        if keys.contains_key("cpu_model") {
+            // `host` needs KVM.
+            keys.insert("cpu_model".to_owned(), json!("max"));
+        }
+    }
+    template["builders"] = json!([builder]);
+    // The disk is packaged by this program.
+    template.as_object_mut()?.remove("post-processors");
+    let verbosity = usize::from(settings.ansible_verbosity);
+    for provisioner in template.get_mut("provisioners").and_then(Value::as_array_mut).into_iter().flatten() {
+        let is_ansible = provisioner.get("type").and_then(Value::as_str) == Some("ansible");
+        let arguments = provisioner.get_mut("extra_arguments").and_then(Value::as_array_mut);
+        if let Some(arguments) = arguments.filter(|_| is_ansible && verbosity > 0) {
+            arguments.push(json!(format!("-{}", "v".repeat(verbosity))));
+        }
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{env, process::Command};
+
+    use super::*;
+    use crate::{
+        contract::{BuildRequest, Engine, Firmware, Os, OsName},
+        imagebuilder::varfiles::{Known, generate},
+        native::sample,
+    };
+
+    fn request(name: OsName, version: &str, firmware: Firmware) -> BuildRequest {
+        let mut request = sample::request();
+        request.os = Os { name, version: version.to_owned() };
+        request.firmware = firmware;
+        request.engine =
+            serde_json::from_value(json!({"imageBuilder": {"timeoutSeconds": 60, "ansibleVerbosity": 2}})).unwrap();
+        let url = |path: &str| format!("http://mirror/{path}").parse().unwrap();
+        request.release.kubelet.url = url("kubernetes/v1.34.4/bin/linux/amd64/kubelet");
+        request.release.cni_plugins.artifact.url = url("plugins/v1.7.1/cni-plugins-linux-amd64-v1.7.1.tar.gz");
+        request.release.images[0].url = url("kubernetes/v1.34.4/bin/linux/amd64/pause.tar");
+        request
+    }
+
+    fn settings(request: &BuildRequest) -> &ImageBuilderSettings {
+        match &request.engine {
+            Engine::ImageBuilder(settings) => settings,
+            Engine::Native => panic!("a build of the other engine"),
+        }
+    }
+
+    fn make(upstream: &Path, dir: &Path, request: &BuildRequest, virtualization: Virtualization) -> WorkingCopy {
+        let recipe = Recipe::of(request, false).unwrap();
+        check(upstream, &recipe).unwrap();
+        let password = SshPassword { plain: "plain".into(), hashed: "$6$salt$hash".into() };
+        let edits = Edits { recipe: &recipe, settings: settings(request), virtualization };
+        WorkingCopy::make(upstream, dir.join("upstream"), &password, &edits).unwrap()
+    }
+
+    fn ours() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/imagebuilder/upstream")
+    }
+
+    #[test]
+    fn templates_are_rendered_and_leave_the_disk_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let request = request(OsName::Ubuntu, "22.04", Firmware::Efi);
+        let copy = make(&ours(), dir.path(), &request, Virtualization::Software);
+        let text = fs::read_to_string(copy.dir.join("packer/raw/packer.json")).unwrap();
+        let template: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(template["variables"]["ssh_password"], "plain");
+        assert_eq!(template["builders"][0]["accelerator"], "tcg");
+        assert_eq!(template.get("post-processors"), None);
+        assert_eq!(template["provisioners"][0]["extra_arguments"].as_array().unwrap().last().unwrap(), "-vv");
+        let seed = fs::read_to_string(copy.dir.join("packer/raw/http/user-data")).unwrap();
+        assert!(seed.contains("passwd: $6$salt$hash\n"), "{seed}");
+        assert!(copy.dir.join("ansible/roles/eksa_post/tasks/main.yml").exists());
+    }
+
+    #[test]
+    fn a_recipe_that_upstreams_directory_lacks_is_told() {
+        let recipe = Recipe::of(&request(OsName::Redhat, "9", Firmware::Efi), false).unwrap();
+        let error = check(&ours(), &recipe).unwrap_err();
+        assert_eq!(error.reason(), "RecipeUnusable");
+        assert!(error.to_string().contains("packer/raw/raw-rhel-9-efi.json"), "{error}");
+    }
+
+    #[test]
+    fn lines_are_replaced_with_their_indentation_and_nothing_else_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("main.yml");
+        let tasks = "- get_url:\n    checksum: sha256:{{ containerd_url }}.sha256sum\n    dest: /tmp\n";
+        fs::write(&path, tasks).unwrap();
+        replace_line(&path, EDITS[2].1, EDITS[2].2).unwrap();
+        let changed = fs::read_to_string(&path).unwrap();
+        assert_eq!(changed, "- get_url:\n    checksum: sha256:{{ containerd_sha256 }}\n    dest: /tmp\n");
+        replace_line(&dir.path().join("absent.yml"), "x", "y").unwrap();
+    }
+
+    /// With a checkout of kubernetes-sigs/image-builder: the path of its `images/capi` in `NIB_UPSTREAM`. Packer's plugins
+    /// may be missing, so the template is checked as far as it goes without them.
+    #[test]
+    fn true_recipes_take_these_var_files() {
+        let Some(upstream) = env::var_os("NIB_UPSTREAM").map(PathBuf::from) else {
+            tracing::info!("skipped: NIB_UPSTREAM names no checkout of upstream's images/capi");
+            return;
+        };
+        for (name, version, firmware) in [
+            (OsName::Ubuntu, "22.04", Firmware::Efi),
+            (OsName::Ubuntu, "24.04", Firmware::Efi),
+            (OsName::Redhat, "8", Firmware::Bios),
+            (OsName::Redhat, "9", Firmware::Efi),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            let request = request(name, version, firmware);
+            let recipe = Recipe::of(&request, false).unwrap();
+            if check(&upstream, &recipe).is_err() {
+                // Newer versions have dropped older systems.
+                continue;
+            }
+            let copy = make(&upstream, dir.path(), &request, Virtualization::Software);
+            for (file, _, instead) in EDITS {
+                let text = fs::read_to_string(copy.dir.join("ansible").join(file)).unwrap();
+                assert!(text.contains(instead), "{file} of this version is not changed");
+            }
+            // Debian's Packer 1.6 has no Goss, and does not know these keys yet.
+            let template = copy.dir.join(recipe.template);
+            let mut document: Value = serde_json::from_str(&fs::read_to_string(&template).unwrap()).unwrap();
+            document["provisioners"].as_array_mut().unwrap().retain(|provisioner| provisioner["type"] != "goss");
+            for key in ["cpu_model", "firmware"] {
+                document["builders"][0].as_object_mut().unwrap().remove(key);
+            }
+            fs::write(&template, document.to_string()).unwrap();
+            let mut packer = Command::new("packer");
+            packer.arg("validate").current_dir(&copy.dir).env("CHECKPOINT_DISABLE", "1");
+            let mut files: Vec<_> =
+                recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
+            for file in generate(&request, settings(&request), &Known::default()).unwrap() {
+                let path = dir.path().join(format!("{}.json", file.name));
+                fs::write(&path, file.vars.to_string()).unwrap();
+                files.push(path);
+            }
+            for file in files {
+                packer.arg(format!("-var-file={}", file.display()));
+            }
+            let output = packer.arg(recipe.template).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success(), "{name} {version}: {said}");
+            for playbook in ["firstboot.yml", "node.yml"] {
+                let mut ansible = Command::new("ansible-playbook");
+                ansible.args(["--syntax-check", "-i", "localhost,"]).arg(format!("ansible/{playbook}"));
+                let output = ansible.current_dir(&copy.dir).output().unwrap();
+                let said = String::from_utf8_lossy(&output.stderr).into_owned();
+                assert!(output.status.success(), "{name} {version}: {said}");
+            }
+        }
+    }
+}
