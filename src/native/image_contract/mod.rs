@@ -29,7 +29,7 @@ pub struct Expected {
     pub images: Vec<String>,
     /// Packages that must be installed.
     pub packages: Vec<String>,
-    /// Whether upstream's recipe made it, see [`UPSTREAM`].
+    /// Whether upstream's recipe made it, see `UPSTREAM`.
     #[serde(default)]
     pub upstream: bool,
 }
