@@ -27,7 +27,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config,
-    api::{ListParams, ObjectMeta, PostParams},
+    api::{ListParams, ObjectMeta, Patch, PatchParams, PostParams},
     config::{AuthInfo, KubeConfigOptions, Kubeconfig},
 };
 use kube_runtime::wait::{await_condition, conditions::is_crd_established};
@@ -144,10 +144,12 @@ pub async fn namespace(client: &Client, prefix: &str) -> String {
     name
 }
 
+/// Makes sure of a namespace that several tests may speak of, e.g. an example and the chart.
 pub async fn create_namespace(client: &Client, name: &str) {
     let metadata = ObjectMeta { name: Some(name.to_owned()), ..ObjectMeta::default() };
     let namespace = Namespace { metadata, ..Namespace::default() };
-    Api::all(client.clone()).create(&PostParams::default(), &namespace).await.unwrap();
+    let api: Api<Namespace> = Api::all(client.clone());
+    api.patch(name, &PatchParams::apply("tests"), &Patch::Apply(&namespace)).await.unwrap();
 }
 
 /// Creates the service accounts and rights among the chart's objects, and nothing else of them.
