@@ -176,13 +176,13 @@ async fn an_ordinary_user_builds_a_template_in_a_network_that_has_only_the_priva
     let users = scratch.path().to_owned();
     let (output, machines) = tokio::task::spawn_blocking(move || {
         without_network(async move || {
+            let vcenter = Vcenter::start_at("127.0.0.1");
+            let flags = flags(&here, &vcenter.server);
             // No documents here: those are in the archive alone.
             let roots = ["eks-a-artifacts", "eks-d-artifacts", "mirror"].map(|name| here.join(name));
             let base = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base");
             std::os::unix::fs::symlink(base, here.join("mirror/base")).unwrap();
             let mirror = tokio::spawn(serve(roots.to_vec()));
-            let vcenter = Vcenter::start_at("127.0.0.1");
-            let flags = flags(&here, &vcenter.server);
             add_user(&users);
             let mut build = as_user(&here, &users);
             let output = build.args(flags).env("EKSA_VSPHERE_PASSWORD", vsphere::PASSWORD).output().await.unwrap();
