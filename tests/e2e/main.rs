@@ -8,6 +8,7 @@ mod bare_metal;
 mod cluster;
 mod command_line;
 mod faults;
+mod image_builder;
 mod lifecycle;
 mod machine;
 mod mirror;
