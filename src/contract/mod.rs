@@ -10,7 +10,7 @@ pub mod token;
 pub mod upload;
 mod vsphere;
 
-use std::{collections::BTreeMap, fmt, path::PathBuf};
+use std::{collections::BTreeMap, ffi::OsString, fmt, path::PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -280,6 +280,18 @@ pub struct Proxy {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 128), inner(length(max = 253)))]
     pub no_proxy: Vec<String>,
+}
+
+impl Proxy {
+    /// The variables that programs read a proxy from, in both spellings.
+    pub fn environment(&self) -> Vec<(OsString, OsString)> {
+        let no_proxy = (!self.no_proxy.is_empty()).then(|| self.no_proxy.join(","));
+        [("http_proxy", &self.http), ("https_proxy", &self.https), ("no_proxy", &no_proxy)]
+            .into_iter()
+            .filter_map(|(name, value)| Some((name, value.clone()?)))
+            .flat_map(|(name, value)| [(name.into(), value.clone().into()), (name.to_uppercase().into(), value.into())])
+            .collect()
+    }
 }
 
 /// When the finished image is booted before it is published.
@@ -650,6 +662,27 @@ pub fn shorten(text: &str, max: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_proxy_is_given_in_both_spellings_and_absent_without_one() {
+        assert_eq!(Proxy::default().environment(), []);
+        let proxy = Proxy {
+            http: Some("http://p:3128".into()),
+            https: None,
+            no_proxy: vec![".svc".into(), "10.0.0.0/8".into()],
+        };
+        let given: Vec<_> =
+            proxy.environment().into_iter().map(|(k, v)| format!("{}={}", k.display(), v.display())).collect();
+        assert_eq!(
+            given,
+            [
+                "http_proxy=http://p:3128",
+                "HTTP_PROXY=http://p:3128",
+                "no_proxy=.svc,10.0.0.0/8",
+                "NO_PROXY=.svc,10.0.0.0/8"
+            ]
+        );
+    }
 
     #[test]
     fn long_failure_message_fits_the_termination_message() {

@@ -8,12 +8,9 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::{
-    api::{
-        batch::v1::Job,
-        core::v1::{Pod, Secret},
-    },
-    apimachinery::pkg::apis::meta::v1::Condition,
+use k8s_openapi::api::{
+    batch::v1::Job,
+    core::v1::{Pod, Secret},
 };
 use kube::{Resource, ResourceExt, core::PartialObjectMeta};
 
@@ -23,7 +20,7 @@ use super::{
     plan::{Observed, Plan, Requeue},
     references::{Reference, Use},
     resources,
-    status::{condition, time},
+    status::raise,
 };
 use crate::{
     api::v1alpha1::{BUILD_ID_LABEL, BuildResult, DeletionPolicy, NodeImageBuildStatus, conditions::CLEAN_UP_FAILED},
@@ -350,16 +347,7 @@ fn judge(
         place(observed),
         shorten(why, 2048),
     );
-    let old = condition(before, CLEAN_UP_FAILED);
-    if old.is_none_or(|old| old.message != message) {
-        plan.notes.push(Note::warning("CleanUpFailed", "CleanUp", message.clone()));
+    if raise(before, status, (CLEAN_UP_FAILED, "CleanUpFailed"), &message, now) {
+        plan.notes.push(Note::warning("CleanUpFailed", "CleanUp", message));
     }
-    status.conditions.push(Condition {
-        type_: CLEAN_UP_FAILED.to_owned(),
-        status: "True".to_owned(),
-        reason: "CleanUpFailed".to_owned(),
-        message,
-        observed_generation: status.observed_generation,
-        last_transition_time: old.map_or(time(now), |old| old.last_transition_time.clone()),
-    });
 }

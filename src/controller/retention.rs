@@ -6,7 +6,6 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use jiff::Timestamp;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::ResourceExt;
 use serde_json::Value;
 
@@ -14,7 +13,7 @@ use super::{
     cleanup::{CleanUp, Scope},
     events::Note,
     plan::{Observed, Plan},
-    status::{condition, time},
+    status::raise,
     validate::directory,
 };
 use crate::api::v1alpha1::{
@@ -189,18 +188,9 @@ fn retire(observed: &Observed, entry: &HistoryEntry, status: &mut NodeImageBuild
 /// Says why nothing is removed: a condition while it is so, an event when it begins.
 fn block(before: &NodeImageBuildStatus, status: &mut NodeImageBuildStatus, plan: &mut Plan, why: &str, now: Timestamp) {
     let message = format!("no image is removed, because it can not be seen whether a cluster uses it: {why}");
-    let old = condition(before, RETENTION_BLOCKED);
-    if old.is_none_or(|old| old.message != message) {
-        plan.notes.push(Note::warning("RetentionBlocked", "Retain", message.clone()));
+    if raise(before, status, (RETENTION_BLOCKED, "RetentionBlocked"), &message, now) {
+        plan.notes.push(Note::warning("RetentionBlocked", "Retain", message));
     }
-    status.conditions.push(Condition {
-        type_: RETENTION_BLOCKED.to_owned(),
-        status: "True".to_owned(),
-        reason: "RetentionBlocked".to_owned(),
-        message,
-        observed_generation: status.observed_generation,
-        last_transition_time: old.map_or(time(now), |old| old.last_transition_time.clone()),
-    });
 }
 
 #[cfg(test)]

@@ -69,6 +69,26 @@ pub(super) fn condition<'s>(status: &'s NodeImageBuildStatus, kind: &str) -> Opt
     status.conditions.iter().find(|condition| condition.type_ == kind)
 }
 
+/// Adds a condition that is there for as long as something is wrong; whether it says what it did not say before.
+pub(super) fn raise(
+    before: &NodeImageBuildStatus,
+    status: &mut NodeImageBuildStatus,
+    (kind, reason): (&str, &str),
+    message: &str,
+    now: Timestamp,
+) -> bool {
+    let old = condition(before, kind);
+    status.conditions.push(Condition {
+        type_: kind.to_owned(),
+        status: "True".to_owned(),
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        observed_generation: status.observed_generation,
+        last_transition_time: old.map_or(time(now), |old| old.last_transition_time.clone()),
+    });
+    old.is_none_or(|old| old.message != message)
+}
+
 pub(super) fn failure_status(failure: &Failure) -> FailureStatus {
     FailureStatus {
         stage: failure.stage,

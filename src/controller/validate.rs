@@ -93,12 +93,10 @@ fn digest(value: &impl Serialize) -> String {
 
 /// Whether this version can build it, wherever that runs.
 pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
-    match (spec.engine, spec.provider()?) {
-        (Engine::ImageBuilder, provider @ (Provider::Vsphere | Provider::Nutanix)) => {
-            let instead = "that engine makes baremetal images; write Native, or leave engine out";
-            return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
-        }
-        (Engine::Native, _) | (Engine::ImageBuilder, Provider::Baremetal) => {}
+    let provider = spec.provider()?;
+    if spec.engine == Engine::ImageBuilder && provider != Provider::Baremetal {
+        let instead = "that engine makes baremetal images; write Native, or leave engine out";
+        return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
     }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;

@@ -14,8 +14,7 @@ mod upstream;
 pub mod varfiles;
 
 use std::{
-    fs,
-    io::{self, Read},
+    fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -24,7 +23,6 @@ use flate2::read::MultiGzDecoder;
 use nix::sys::signal::Signal;
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
 pub use self::{
     diagnosis::Diagnosis, post::ResultError, secrets::SecretDirError, upstream::UpstreamError, varfiles::VarFileError,
@@ -345,16 +343,7 @@ impl ImageBuilder<'_> {
                 command = command.env(name, value);
             }
         }
-        let proxy = &self.request.proxy;
-        for (name, value) in [
-            ("HTTP_PROXY", proxy.http.clone()),
-            ("HTTPS_PROXY", proxy.https.clone()),
-            ("NO_PROXY", (!proxy.no_proxy.is_empty()).then(|| proxy.no_proxy.join(","))),
-        ] {
-            if let Some(value) = value {
-                command = command.env(name, &value).env(name.to_lowercase(), value);
-            }
-        }
+        command.env.extend(self.request.proxy.environment());
         if self.ssh_version().await? >= SSH_WITHOUT_SCP {
             // With the quotes that upstream gives it: without them Ansible takes it for a flag of its own.
             command = command.env("ANSIBLE_SCP_EXTRA_ARGS", "\"-O\"").env("ANSIBLE_SSH_ARGS", PACKERS_KEYS);
@@ -408,16 +397,7 @@ fn host_device(archive: &Path) -> Result<String, ImageBuilderError> {
     for entry in archive.entries().map_err(unreadable)? {
         let mut entry = entry.map_err(unreadable)?;
         if entry.path().is_ok_and(|path| path.file_name().is_some_and(|name| name == "host-device")) {
-            let mut hash = Sha256::new();
-            let mut block = vec![0; 64 * 1024];
-            loop {
-                let count = entry.read(&mut block).map_err(unreadable)?;
-                if count == 0 {
-                    break;
-                }
-                hash.update(&block[..count]);
-            }
-            return Ok(hex::encode(hash.finalize()));
+            return crate::native::sha256(&mut entry).map_err(unreadable);
         }
     }
     Err(ImageBuilderError::HostDevice { source: None })

@@ -74,7 +74,7 @@ impl Chroot {
             ("SOURCE_DATE_EPOCH".into(), epoch.to_string().into()),
             ("TMPDIR".into(), "/tmp".into()),
         ];
-        environment.extend(proxy_environment(proxy));
+        environment.extend(proxy.environment());
         let mut chroot = Self { root: root.to_owned(), runner, environment, mounted: vec![] };
         chroot.mount_all(fetched)?;
         Ok(chroot)
@@ -206,41 +206,5 @@ impl Drop for Chroot {
         if let Err(error) = self.unmount() {
             tracing::warn!("can not take a mount away: {}", crate::error::Chain(&error));
         }
-    }
-}
-
-/// The variables that programs read a proxy from, in both spellings.
-fn proxy_environment(proxy: &Proxy) -> Vec<(OsString, OsString)> {
-    let no_proxy = (!proxy.no_proxy.is_empty()).then(|| proxy.no_proxy.join(","));
-    [("http_proxy", &proxy.http), ("https_proxy", &proxy.https), ("no_proxy", &no_proxy)]
-        .into_iter()
-        .filter_map(|(name, value)| Some((name, value.clone()?)))
-        .flat_map(|(name, value)| [(name.into(), value.clone().into()), (name.to_uppercase().into(), value.into())])
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_proxy_is_given_in_both_spellings_and_absent_without_one() {
-        assert_eq!(proxy_environment(&Proxy::default()), []);
-        let proxy = Proxy {
-            http: Some("http://p:3128".into()),
-            https: None,
-            no_proxy: vec![".svc".into(), "10.0.0.0/8".into()],
-        };
-        let given: Vec<_> =
-            proxy_environment(&proxy).into_iter().map(|(k, v)| format!("{}={}", k.display(), v.display())).collect();
-        assert_eq!(
-            given,
-            [
-                "http_proxy=http://p:3128",
-                "HTTP_PROXY=http://p:3128",
-                "no_proxy=.svc,10.0.0.0/8",
-                "NO_PROXY=.svc,10.0.0.0/8"
-            ]
-        );
     }
 }

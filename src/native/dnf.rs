@@ -3,7 +3,7 @@
 
 use super::{
     chroot::Chroot,
-    packages::{BUILD_AUTHORITIES, InstalledPackage, PackageError, Step},
+    packages::{BUILD_AUTHORITIES, InstalledPackage, Messages, PackageError, Step},
     tree::{Tree, TreeError, within},
 };
 use crate::{
@@ -218,9 +218,19 @@ fn installed(listing: &str) -> Vec<InstalledPackage> {
     packages
 }
 
-/// dnf has one exit code for everything; its messages, which it does not translate here, tell who has to act.
-fn classify(step: &'static str, error: ProcessError) -> PackageError {
-    const REFUSED: &[&str] = &[
+/// Of dnf, rpm and curl.
+const MESSAGES: Messages = Messages {
+    no_space: &["No space left on device", "more space needed on"],
+    unavailable: &[
+        "Failed to download metadata",
+        "Cannot download",
+        "Curl error",
+        "curl: (",
+        "Error downloading packages",
+        "Could not resolve host",
+        "No more mirrors to try",
+    ],
+    refused: &[
         "No match for argument",
         "Unable to find a match",
         "nothing provides",
@@ -229,27 +239,11 @@ fn classify(step: &'static str, error: ProcessError) -> PackageError {
         "no enabled repositories",
         "GPG check FAILED",
         "is not signed",
-    ];
-    const UNAVAILABLE: &[&str] = &[
-        "Failed to download metadata",
-        "Cannot download",
-        "Curl error",
-        "curl: (",
-        "Error downloading packages",
-        "Could not resolve host",
-        "No more mirrors to try",
-    ];
-    let ProcessError::Failed { output, .. } = &error else { return PackageError::Step { step, source: error } };
-    let has = |texts: &[&str]| texts.iter().any(|text| output.contains(text));
-    if has(&["No space left on device", "more space needed on"]) {
-        PackageError::NoSpace
-    } else if has(UNAVAILABLE) {
-        PackageError::SourcesUnavailable { output: output.clone() }
-    } else if has(REFUSED) {
-        PackageError::Refused { output: output.clone() }
-    } else {
-        PackageError::Step { step, source: error }
-    }
+    ],
+};
+
+fn classify(step: &'static str, error: ProcessError) -> PackageError {
+    MESSAGES.classify(step, error)
 }
 
 #[cfg(test)]

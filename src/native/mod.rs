@@ -38,6 +38,7 @@ use std::{
 
 pub use artifacts::Fetched;
 pub use error::NativeError;
+pub(crate) use image_contract::sha256;
 pub use packages::InstalledPackage;
 pub(crate) use packages::installed;
 

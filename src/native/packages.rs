@@ -348,17 +348,33 @@ pub(crate) fn installed(listing: &str) -> Vec<InstalledPackage> {
     packages
 }
 
-/// apt-get has one exit code for everything; its messages, which it does not translate here, tell who has to act.
-fn classify(step: &'static str, error: ProcessError) -> PackageError {
-    const REFUSED: &[&str] = &[
-        "Unable to locate package",
-        "has no installation candidate",
-        "was not found",
-        "unmet dependencies",
-        "Unable to correct problems",
-        "Couldn't find any package",
-    ];
-    const UNAVAILABLE: &[&str] = &[
+/// Messages of a program that has one exit code for everything. They are not translated here, and tell who has to act.
+pub(super) struct Messages {
+    pub(super) no_space: &'static [&'static str],
+    pub(super) unavailable: &'static [&'static str],
+    pub(super) refused: &'static [&'static str],
+}
+
+impl Messages {
+    pub(super) fn classify(&self, step: &'static str, error: ProcessError) -> PackageError {
+        let ProcessError::Failed { output, .. } = &error else { return PackageError::Step { step, source: error } };
+        let has = |texts: &[&str]| texts.iter().any(|text| output.contains(text));
+        if has(self.no_space) {
+            PackageError::NoSpace
+        } else if has(self.unavailable) {
+            PackageError::SourcesUnavailable { output: output.clone() }
+        } else if has(self.refused) {
+            PackageError::Refused { output: output.clone() }
+        } else {
+            PackageError::Step { step, source: error }
+        }
+    }
+}
+
+/// Of apt-get and dpkg.
+const MESSAGES: Messages = Messages {
+    no_space: &["No space left on device", "You don't have enough free space"],
+    unavailable: &[
         "Failed to fetch",
         "Temporary failure resolving",
         "Could not resolve",
@@ -371,18 +387,19 @@ fn classify(step: &'static str, error: ProcessError) -> PackageError {
         "Release file",
         "NO_PUBKEY",
         "certificate",
-    ];
-    let ProcessError::Failed { output, .. } = &error else { return PackageError::Step { step, source: error } };
-    let has = |texts: &[&str]| texts.iter().any(|text| output.contains(text));
-    if has(&["No space left on device", "You don't have enough free space"]) {
-        PackageError::NoSpace
-    } else if has(UNAVAILABLE) {
-        PackageError::SourcesUnavailable { output: output.clone() }
-    } else if has(REFUSED) {
-        PackageError::Refused { output: output.clone() }
-    } else {
-        PackageError::Step { step, source: error }
-    }
+    ],
+    refused: &[
+        "Unable to locate package",
+        "has no installation candidate",
+        "was not found",
+        "unmet dependencies",
+        "Unable to correct problems",
+        "Couldn't find any package",
+    ],
+};
+
+fn classify(step: &'static str, error: ProcessError) -> PackageError {
+    MESSAGES.classify(step, error)
 }
 
 #[cfg(test)]

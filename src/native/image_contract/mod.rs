@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::tree::sha256;
 use super::tree::Tree;
 use crate::contract::{Firmware, Os, OsName, Provider, ResolvedRelease};
 

@@ -1,6 +1,6 @@
 //! Promises about files.
 
-use std::io::Read;
+use std::io::{self, Read};
 
 use sha2::{Digest, Sha256};
 
@@ -433,19 +433,23 @@ fn release<'e>(subject: &Subject<'e>) -> Result<&'e ResolvedRelease, String> {
     subject.expected.release.as_ref().ok_or_else(|| "the release is not known".to_owned())
 }
 
+/// SHA-256 of everything that is left to read, in hexadecimal.
+pub(crate) fn sha256(reader: &mut impl Read) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match reader.read(&mut buffer)? {
+            0 => return Ok(hex::encode(hasher.finalize())),
+            read => hasher.update(&buffer[..read]),
+        }
+    }
+}
+
 fn etcd_archive_is_whole(subject: &Subject<'_>) -> Result<(), String> {
     let etcd = &release(subject)?.etcd;
     let path = etcd_archive(&etcd.version);
     let mut file = subject.tree.open(&path).map_err(|_| format!("there is no {path}"))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut buffer).map_err(|error| format!("{path}: {error}"))? {
-            0 => break,
-            read => hasher.update(&buffer[..read]),
-        }
-    }
-    let found = hex::encode(hasher.finalize());
+    let found = sha256(&mut file).map_err(|error| format!("{path}: {error}"))?;
     if etcd.artifact.sha256.as_ref() == Some(&found) { Ok(()) } else { Err(format!("{path} has the digest {found}")) }
 }
 

@@ -1,5 +1,5 @@
-//! Images in Prism Central: checks before anything is built, the image that it starts from, the upload of an image, and the removal of what a build that
-//! ended early has left. The v3 API, which the EKS Anywhere tool uses too.
+//! Images in Prism Central: checks before anything is built, the image that it starts from, the upload of an image, and the
+//! removal of what a build that ended early has left. The v3 API, which the EKS Anywhere tool uses too.
 //!
 //! v3 does not tell how much room a cluster has; that there is none is found out when the image is put there.
 
