@@ -1,8 +1,12 @@
 //! Carries out a plan. Decides nothing; every step may be repeated and may be the last one this process does.
 
-use k8s_openapi::api::{
-    batch::v1::Job,
-    core::v1::{ResourceRequirements, Secret},
+use json_patch::{AddOperation, PatchOperation, ReplaceOperation, jsonptr::PointerBuf};
+use k8s_openapi::{
+    api::{
+        batch::v1::Job,
+        core::v1::{ResourceRequirements, Secret},
+    },
+    apimachinery::pkg::apis::meta::v1::ManagedFieldsEntry,
 };
 use kube::{
     Api, Resource, ResourceExt,
@@ -280,21 +284,40 @@ where
     }
 }
 
+/// Writes the whole status, unless somebody changed the resource in the meantime.
 async fn write_status(
     build: &NodeImageBuild,
     version: Option<&str>,
     status: &NodeImageBuildStatus,
     context: &Context,
 ) -> Result<(), Error> {
-    let patch = json!({
-        "apiVersion": NodeImageBuild::api_version(&()),
-        "kind": NodeImageBuild::kind(&()),
-        "metadata": { "resourceVersion": version },
-        "status": status,
-    });
-    let params = PatchParams::apply(CONTROLLER).force();
-    let result = builds(build, context).patch_status(&build.name_any(), &params, &Patch::Apply(&patch)).await;
+    let (api, name) = (builds(build, context), build.name_any());
+    let result = if status_is_ours(build) {
+        let patch = json!({
+            "apiVersion": NodeImageBuild::api_version(&()),
+            "kind": NodeImageBuild::kind(&()),
+            "metadata": { "resourceVersion": version },
+            "status": status,
+        });
+        api.patch_status(&name, &PatchParams::apply(CONTROLLER).force(), &Patch::Apply(&patch)).await
+    } else {
+        let version =
+            ReplaceOperation { path: PointerBuf::from_tokens(["metadata", "resourceVersion"]), value: json!(version) };
+        let status = AddOperation { path: PointerBuf::from_tokens(["status"]), value: json!(status) };
+        let patch = json_patch::Patch(vec![PatchOperation::Replace(version), PatchOperation::Add(status)]);
+        let params = PatchParams { field_manager: Some(CONTROLLER.to_owned()), ..PatchParams::default() };
+        api.patch_status(&name, &params, &Patch::Json::<()>(patch)).await
+    };
     result.map(drop).map_err(Error::api("write the status"))
+}
+
+/// Whether every field of the status is the operator's by server-side apply. What another manager owns as well, e.g. a
+/// backup tool that restored it, stays when apply leaves it out, and the time an old build ended would end the next one.
+fn status_is_ours(build: &NodeImageBuild) -> bool {
+    let ours = |entry: &ManagedFieldsEntry| {
+        entry.manager.as_deref() == Some(CONTROLLER) && entry.operation.as_deref() == Some("Apply")
+    };
+    build.managed_fields().iter().filter(|entry| entry.subresource.as_deref() == Some("status")).all(ours)
 }
 
 /// Deletes what a build put on the artifact server. That there is nothing is fine.

@@ -185,3 +185,24 @@ async fn a_job_whose_start_was_not_written_down_is_found_again() {
     assert_eq!(harness.jobs().await.len(), 2);
     assert!(harness.api::<Pod>().list(&kube::api::ListParams::default()).await.unwrap().items.len() <= 1);
 }
+
+#[tokio::test]
+async fn status_that_a_backup_tool_restored_does_not_show_through_the_next_builds() {
+    let mut harness = Harness::start("restored").await;
+    let ready = harness.ready("image", json!({})).await;
+    harness.stop_operator().await;
+    // Every field of it now is the tool's, so server-side apply alone would leave those that the operator does not set.
+    let api = harness.api::<node_image_builder::api::v1alpha1::NodeImageBuild>();
+    let tool = PatchParams { field_manager: Some("backup".to_owned()), ..PatchParams::default() };
+    for status in [json!(null), json!(ready)] {
+        api.patch_status("image", &tool, &Patch::Merge(json!({ "status": status }))).await.unwrap();
+    }
+    harness.start_operator();
+    harness.patch("image", json!({ "metadata": { "annotations": { REBUILD_ANNOTATION: "1" } } })).await;
+    let building = harness.until("image", "building", |s| s.build_id != ready.build_id).await;
+    assert_eq!((building.phase, building.completion_time), (Some(Phase::Building), None));
+    harness.succeed(&harness.job("image").await).await;
+    let again = harness.until("image", "ready", |s| s.phase == Some(Phase::Ready)).await;
+    assert_eq!(again.build_id, building.build_id);
+    assert_eq!(again.history.len(), 2);
+}

@@ -10,13 +10,18 @@ use std::{
     env, fmt, fs,
     io::{self, Read, Seek, SeekFrom},
     net::{IpAddr, Ipv4Addr},
+    ops::RangeInclusive,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Mutex,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
+use jiff::Timestamp;
 use k8s_openapi::{
     api::{
         authentication::v1::{TokenRequest, TokenRequestSpec},
@@ -49,6 +54,7 @@ const START: Duration = Duration::from_secs(120);
 const KEEPER: &str = r#"
 exec 3<&0 </dev/null
 cd "$DIR"
+exec 2>keeper.log
 "$ASSETS/etcd" --data-dir data --unsafe-no-fsync --logger zap \
 	--listen-client-urls unix://client.sock:0 --advertise-client-urls unix://client.sock:0 \
 	--listen-peer-urls unix://peer.sock:0 --initial-advertise-peer-urls unix://peer.sock:0 \
@@ -76,7 +82,6 @@ while wait -n $etcd $apiserver $tests; [ -e down ] && kill -0 $etcd $tests 2>/de
 	rm is-down
 	serve
 done
-exec 2>/dev/null
 kill -KILL $etcd $apiserver
 touch stopped
 wait $tests
@@ -90,6 +95,8 @@ pub struct ApiServer {
     _port: TcpSocket,
     /// Its standard input is the pipe that ends with this process.
     _keeper: Child,
+    /// When it served already, but not all that it knows was there again, e.g. the rights.
+    returns: Mutex<Vec<RangeInclusive<Timestamp>>>,
 }
 
 impl fmt::Debug for ApiServer {
@@ -205,7 +212,7 @@ impl ApiServer {
             .process_group(0)
             .spawn()
             .unwrap();
-        let server = Self { dir, _port: port, _keeper: keeper };
+        let server = Self { dir, _port: port, _keeper: keeper, returns: Mutex::default() };
         timeout(START, server.wait_until_ready())
             .await
             .unwrap_or_else(|_| panic!("the API server is not ready after {START:?}\n{}", server.logs()));
@@ -225,10 +232,12 @@ impl ApiServer {
 
     /// Starts it again on its address, and waits until it serves.
     pub async fn bring_back(&self) {
+        let begin = Timestamp::now();
         fs::remove_file(self.dir.join("down")).unwrap();
         timeout(START, self.wait_until_ready())
             .await
             .unwrap_or_else(|_| panic!("the API server does not come back within {START:?}\n{}", self.logs()));
+        self.returns.lock().unwrap().push(begin..=Timestamp::now());
     }
 
     async fn wait_until_ready(&self) {
@@ -275,7 +284,8 @@ impl ApiServer {
         fs::metadata(self.dir.join("audit.log")).map_or(0, |file| file.len())
     }
 
-    /// What service accounts asked of the API server since the audit log had this length.
+    /// What service accounts asked of the API server since the audit log had this length, but for what it answered before
+    /// it was ready: it refuses by rights that it has not read yet.
     pub fn audit(&self, since: u64) -> Vec<Value> {
         let mut file = match fs::File::open(self.dir.join("audit.log")) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return vec![],
@@ -285,7 +295,12 @@ impl ApiServer {
         let mut text = String::new();
         file.read_to_string(&mut text).unwrap();
         // The first and the last line may be half of one.
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+        let returns = self.returns.lock().unwrap();
+        let ready = |entry: &Value| {
+            let received: Timestamp = entry["requestReceivedTimestamp"].as_str().unwrap().parse().unwrap();
+            !returns.iter().any(|returning| returning.contains(&received))
+        };
+        text.lines().filter_map(|line| serde_json::from_str(line).ok()).filter(ready).collect()
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
@@ -298,7 +313,7 @@ impl ApiServer {
             let lines: Vec<_> = text.lines().rev().take(20).collect();
             lines.into_iter().rev().fold(format!("last lines of {name}:\n"), |text, line| text + line + "\n")
         };
-        tail("etcd.log") + &tail("kube-apiserver.log")
+        tail("keeper.log") + &tail("etcd.log") + &tail("kube-apiserver.log")
     }
 }
 
