@@ -20,7 +20,7 @@ use axum::{
 use jiff::Timestamp;
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{Event, Pod, Secret},
+    core::v1::{Event, Namespace, Pod, Secret},
 };
 use kube::{
     Api, Client, Config, ResourceExt,
@@ -361,6 +361,34 @@ impl Harness {
     pub async fn document(&self, job: &Job) -> BuildRequest {
         let secret: Secret = self.api().get(&job.name_any()).await.unwrap();
         serde_json::from_slice(&secret.data.unwrap()["build.json"].0).unwrap()
+    }
+
+    /// What the API server says to such a pod, without making it.
+    pub async fn admit(&self, template: &Value) -> Result<(), String> {
+        let pod = json!({ "metadata": { "generateName": "pod-" }, "spec": template["spec"] });
+        let params = PostParams { dry_run: true, ..PostParams::default() };
+        let created = self.api::<Pod>().create(&params, &serde_json::from_value(pod).unwrap()).await;
+        created.map(drop).map_err(|error| error.to_string())
+    }
+
+    /// Sets the level of pod security in the namespace, and waits until the API server, which reads namespaces by a watch,
+    /// goes by it.
+    pub async fn enforce(&self, level: &str) {
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        let labels = json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": level } } });
+        namespaces.patch(&self.namespace, &PatchParams::default(), &Patch::Merge(labels)).await.unwrap();
+        let container = json!({ "name": "pod", "image": "pod", "securityContext": { "privileged": true } });
+        let privileged = json!({ "spec": { "containers": [container] } });
+        let answer = || async {
+            let goes_by_it = match self.admit(&privileged).await {
+                Ok(()) => level == "privileged",
+                Err(refusal) => refusal.contains(&format!("violates PodSecurity \"{level}:latest\"")),
+            };
+            goes_by_it.then_some(())
+        };
+        timeout(SOON, until(answer))
+            .await
+            .unwrap_or_else(|_| panic!("the API server does not go by the level {level}"));
     }
 
     /// The API server has no Job controller: this creates the pod it would create.

@@ -15,10 +15,10 @@ use std::sync::atomic::Ordering;
 
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{Event, Namespace, ObjectReference, Pod, Secret},
+    core::v1::{Event, ObjectReference, Pod, Secret},
 };
 use kube::{
-    Api, Resource, ResourceExt,
+    Resource, ResourceExt,
     api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
 };
 use node_image_builder::{
@@ -334,9 +334,7 @@ async fn unreachable_mirror_is_waited_for() {
 #[tokio::test]
 async fn namespace_that_forbids_privileged_pods_is_named_with_what_to_do() {
     let harness = Harness::start("restricted").await;
-    let namespaces: Api<Namespace> = Api::all(harness.client.clone());
-    let restricted = json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": "restricted" } } });
-    namespaces.patch(&harness.namespace, &PatchParams::default(), &Patch::Merge(restricted)).await.unwrap();
+    harness.enforce("restricted").await;
     harness.create("image", json!({})).await;
     let job = harness.job("image").await;
 
@@ -361,8 +359,7 @@ async fn namespace_that_forbids_privileged_pods_is_named_with_what_to_do() {
     );
     harness.event("image", "PodForbidden").await;
 
-    let privileged = json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": "privileged" } } });
-    namespaces.patch(&harness.namespace, &PatchParams::default(), &Patch::Merge(privileged)).await.unwrap();
+    harness.enforce("privileged").await;
     harness.create_pod(&job, 1).await.unwrap();
     let status = harness.until("image", "building", |s| s.phase == Some(Phase::Building)).await;
     assert_eq!(condition(&status, "Stalled"), None);

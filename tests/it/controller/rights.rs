@@ -9,13 +9,13 @@ use std::{
 use k8s_openapi::api::{
     batch::v1::Job,
     coordination::v1::Lease,
-    core::v1::{ConfigMap, Namespace, Pod, Secret},
+    core::v1::{ConfigMap, Secret},
     events::v1::Event,
     rbac::v1::Role,
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, ListParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, ListParams, PostParams},
 };
 use node_image_builder::{
     api::v1alpha1::{NodeImageBuild, Phase, REBUILD_ANNOTATION},
@@ -191,31 +191,6 @@ async fn confined_operator_works_in_its_namespace_and_can_not_look_into_others()
     assert!(matches!(&error, kube::Error::Api(status) if status.is_forbidden()), "{error}");
 }
 
-/// Sets the namespace's level, and waits until the API server, which reads namespaces by a watch, goes by it. `privileged`
-/// is a pod that only the privileged level admits.
-async fn enforce(harness: &Harness, level: &str, privileged: &Value) {
-    let namespaces: Api<Namespace> = Api::all(harness.client.clone());
-    let labels = json!({ "metadata": { "labels": { "pod-security.kubernetes.io/enforce": level } } });
-    namespaces.patch(&harness.namespace, &PatchParams::default(), &Patch::Merge(labels)).await.unwrap();
-    let answer = || async {
-        let answer = admit(harness, privileged).await;
-        let goes_by_it = match &answer {
-            Ok(()) => level == "privileged",
-            Err(refusal) => refusal.contains(&format!("violates PodSecurity \"{level}:latest\"")),
-        };
-        goes_by_it.then_some(())
-    };
-    timeout(SOON, until(answer)).await.unwrap_or_else(|_| panic!("the API server does not go by the level {level}"));
-}
-
-/// What the API server says to such a pod, without making it.
-async fn admit(harness: &Harness, template: &Value) -> Result<(), String> {
-    let mut pod: Pod = object(json!({ "metadata": { "generateName": "pod-" }, "spec": template["spec"] }));
-    pod.metadata.namespace = Some(harness.namespace.clone());
-    let params = PostParams { dry_run: true, ..PostParams::default() };
-    harness.api::<Pod>().create(&params, &pod).await.map(drop).map_err(|error| error.to_string())
-}
-
 #[tokio::test]
 async fn pods_of_the_chart_and_clean_ups_pass_the_restricted_level_and_builds_need_the_privileged_one() {
     let harness = Harness::start("levels").await;
@@ -237,7 +212,7 @@ async fn pods_of_the_chart_and_clean_ups_pass_the_restricted_level_and_builds_ne
     let clean_up = timeout(SOON, clean_up).await.expect("nothing cleans up");
     let template = |job: &Job| serde_json::to_value(&job.spec.as_ref().unwrap().template).unwrap();
 
-    enforce(&harness, "restricted", &template(&build)).await;
+    harness.enforce("restricted").await;
     let mut admitted = 0;
     for values in ["ci/minimal.yaml", "ci/one-namespace.yaml"] {
         let objects = render(RELEASE, RELEASE, &chart().join(values), &[]).unwrap();
@@ -245,19 +220,19 @@ async fn pods_of_the_chart_and_clean_ups_pass_the_restricted_level_and_builds_ne
             let mut template = deployment["spec"]["template"].clone();
             // The class is one of clusters with the plug-in that makes it.
             template["spec"].as_object_mut().unwrap().remove("priorityClassName");
-            admit(&harness, &template).await.unwrap();
+            harness.admit(&template).await.unwrap();
             admitted += 1;
         }
     }
     assert_eq!(admitted, 4, "operator and artifact server of both");
-    admit(&harness, &template(&clean_up)).await.unwrap();
+    harness.admit(&template(&clean_up)).await.unwrap();
     for level in ["restricted", "baseline"] {
-        enforce(&harness, level, &template(&build)).await;
-        let refusal = admit(&harness, &template(&build)).await.unwrap_err();
+        harness.enforce(level).await;
+        let refusal = harness.admit(&template(&build)).await.unwrap_err();
         assert!(refusal.contains("violates PodSecurity") && refusal.contains("privileged"), "{level}: {refusal}");
     }
-    enforce(&harness, "privileged", &template(&build)).await;
-    admit(&harness, &template(&build)).await.unwrap();
+    harness.enforce("privileged").await;
+    harness.admit(&template(&build)).await.unwrap();
     harness.end_job(&clean_up, true, "CompletionsReached").await;
     harness.until_gone::<NodeImageBuild>("image").await;
 }
