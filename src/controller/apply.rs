@@ -86,7 +86,7 @@ pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -
         match count {
             Count::Started => context.metrics.build_started(),
             Count::Succeeded(outcome) => context.metrics.build_succeeded(outcome),
-            Count::Failed(class) => context.metrics.build_failed(*class),
+            Count::Failed(class, reason) => context.metrics.build_failed(*class, reason),
             Count::Cancelled => context.metrics.build_cancelled(),
             Count::Superseded => context.metrics.build_superseded(),
         }

@@ -1,6 +1,10 @@
-//! The operator's Prometheus metrics. Labels are bounded: never a name, never text from a pod.
+//! The operator's Prometheus metrics. Labels are bounded: never a name, never text from a pod as it is.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -15,6 +19,11 @@ use prometheus_client::{
 
 use crate::contract::{BuildOutcome, FailureClass};
 
+/// Longest reason that becomes a label, in bytes.
+const MAX_REASON: usize = 40;
+/// Most reasons that become labels; docs/failures.md has fewer than 200.
+const MAX_REASONS: usize = 256;
+
 /// How a build ended.
 #[derive(Clone, Debug, Eq, Hash, PartialEq, EncodeLabelSet)]
 struct BuildLabels {
@@ -22,6 +31,14 @@ struct BuildLabels {
     result: &'static str,
     /// The [`FailureClass`] of a failed build, else empty.
     class: &'static str,
+    /// Why it failed, else empty. See [`Metrics::bounded`].
+    reason: String,
+}
+
+impl BuildLabels {
+    fn unfailed(result: &'static str) -> Self {
+        Self { result, class: "", reason: String::new() }
+    }
 }
 
 #[derive(Clone, Debug, Eq, Hash, PartialEq, EncodeLabelSet)]
@@ -40,6 +57,8 @@ pub struct Metrics {
     registry: Registry,
     started: Counter,
     finished: Family<BuildLabels, Counter>,
+    /// Those that are labels.
+    reasons: Mutex<BTreeSet<String>>,
     stages: Family<StageLabels, Histogram>,
     reconcile_seconds: Histogram,
     reconcile_errors: Family<ReasonLabels, Counter>,
@@ -60,7 +79,11 @@ impl Default for Metrics {
         let reconcile_seconds = Histogram::new(exponential_buckets(0.001, 2.0, 16));
         let reconcile_errors = Family::<ReasonLabels, Counter>::default();
         registry.register("builds_started", "Build Jobs created", started.clone());
-        registry.register("builds_finished", "Builds that ended, by result and failure class", finished.clone());
+        registry.register(
+            "builds_finished",
+            "Builds that ended, by result, failure class and reason",
+            finished.clone(),
+        );
         registry.register("build_stage_seconds", "Time of each stage of successful builds", stages.clone());
         registry.register("reconcile_seconds", "Time of one reconciliation", reconcile_seconds.clone());
         registry.register("reconcile_errors", "Failed reconciliations, by reason", reconcile_errors.clone());
@@ -77,6 +100,7 @@ impl Default for Metrics {
             registry,
             started,
             finished,
+            reasons: Mutex::default(),
             stages,
             reconcile_seconds,
             reconcile_errors,
@@ -108,13 +132,14 @@ impl Metrics {
 
     pub fn build_succeeded(&self, outcome: &BuildOutcome) {
         self.published_bytes.inc_by(outcome.image.size);
-        self.finished.get_or_create(&BuildLabels { result: "Succeeded", class: "" }).inc();
+        self.finished.get_or_create(&BuildLabels::unfailed("Succeeded")).inc();
         for (stage, seconds) in &outcome.stage_seconds {
             self.stages.get_or_create(&StageLabels { stage: stage.as_str() }).observe(*seconds);
         }
     }
 
-    pub fn build_failed(&self, class: FailureClass) {
+    pub fn build_failed(&self, class: FailureClass, reason: &str) {
+        let reason = self.bounded(reason);
         let class = match class {
             FailureClass::BadInput => "BadInput",
             FailureClass::Environment => "Environment",
@@ -122,15 +147,28 @@ impl Metrics {
             FailureClass::Cancelled => "Cancelled",
             FailureClass::Internal => "Internal",
         };
-        self.finished.get_or_create(&BuildLabels { result: "Failed", class }).inc();
+        self.finished.get_or_create(&BuildLabels { result: "Failed", class, reason }).inc();
+    }
+
+    /// The reason as a label. It comes from a pod, which may say anything: what is no word of ours, or one too many, is
+    /// `Other`.
+    fn bounded(&self, reason: &str) -> String {
+        let word = (1..=MAX_REASON).contains(&reason.len()) && reason.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        let mut reasons = self.reasons.lock().unwrap_or_else(PoisonError::into_inner);
+        if word && (reasons.contains(reason) || reasons.len() < MAX_REASONS) {
+            reasons.insert(reason.to_owned());
+            reason.to_owned()
+        } else {
+            "Other".to_owned()
+        }
     }
 
     pub fn build_cancelled(&self) {
-        self.finished.get_or_create(&BuildLabels { result: "Cancelled", class: "" }).inc();
+        self.finished.get_or_create(&BuildLabels::unfailed("Cancelled")).inc();
     }
 
     pub fn build_superseded(&self) {
-        self.finished.get_or_create(&BuildLabels { result: "Superseded", class: "" }).inc();
+        self.finished.get_or_create(&BuildLabels::unfailed("Superseded")).inc();
     }
 
     pub fn reconciled(&self, took: Duration) {
@@ -146,5 +184,33 @@ impl Metrics {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_are_counted_by_reason_and_only_words_become_labels() {
+        let metrics = Metrics::default();
+        let long = "A".repeat(MAX_REASON + 1);
+        for reason in ["DiskFull", "DiskFull", "", "two words", "\"quoted\"", &long] {
+            metrics.build_failed(FailureClass::Environment, reason);
+        }
+        let text = metrics.render().unwrap();
+        let name = "node_image_builder_builds_finished_total{result=\"Failed\",class=\"Environment\",reason=";
+        assert!(text.contains(&format!("{name}\"DiskFull\"}} 2")), "{text}");
+        assert!(text.contains(&format!("{name}\"Other\"}} 4")), "{text}");
+    }
+
+    #[test]
+    fn reasons_without_end_do_not_become_labels_without_end() {
+        let metrics = Metrics::default();
+        for n in 0..1000 {
+            metrics.build_failed(FailureClass::BadInput, &format!("Reason{n}"));
+        }
+        // Those, and `Other`.
+        assert_eq!(metrics.render().unwrap().matches("builds_finished_total{").count(), MAX_REASONS + 1);
     }
 }

@@ -155,7 +155,7 @@ pub enum Requeue {
 pub enum Count {
     Started,
     Succeeded(Box<BuildOutcome>),
-    Failed(FailureClass),
+    Failed(FailureClass, String),
     Cancelled,
     Superseded,
 }
@@ -578,7 +578,7 @@ fn harvest(observed: &Observed, status: &mut NodeImageBuildStatus, plan: &mut Pl
             JobState::Failed { failure, completed } => {
                 entry.completion_time = completed.map(time);
                 entry.reason = Some(failure.reason.clone());
-                plan.counts.push(Count::Failed(failure.class));
+                plan.counts.push(Count::Failed(failure.class, failure.reason.clone()));
             }
             JobState::Active { .. } => continue,
         }
