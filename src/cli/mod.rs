@@ -31,7 +31,7 @@ use self::failure::Failure;
 use crate::{
     error::Chain,
     native::image_contract,
-    telemetry::{self, LogFormat},
+    telemetry::{self, LogFormat, Traces},
 };
 
 /// Builds node images for EKS Anywhere.
@@ -118,7 +118,15 @@ pub fn run(cli: Cli) -> ExitCode {
         (0, _) => "info",
         (_, _) => "debug",
     };
-    telemetry::init(format, filter, || terminal::Stderr);
+    let traces = match &cli.command {
+        Command::Operator(_) => Traces::from_env("node-image-builder"),
+        _ => Ok(None),
+    };
+    telemetry::init(format, filter, || terminal::Stderr, traces.as_ref().ok().and_then(Option::as_ref));
+    let _traces = match traces {
+        Ok(traces) => traces,
+        Err(error) => return ended(Err(error.into())),
+    };
     let result = match cli.command {
         Command::Build(options) => return build::run(&options),
         Command::Manifest(options) => return exit_code(manifest::run(&options)),

@@ -8,7 +8,7 @@ use std::{
 use jiff::Timestamp;
 use kube::{Resource, ResourceExt, core::DeserializeGuard};
 use kube_runtime::controller::Action;
-use tracing::Instrument;
+use tracing::{Instrument, field};
 
 use super::{
     BuildRef,
@@ -37,11 +37,16 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
         namespace = object.namespace().unwrap_or_default(),
         name = object.name_any(),
         generation = object.meta().generation.unwrap_or_default(),
+        otel.status_code = field::Empty,
+        otel.status_description = field::Empty,
     );
     let uid = object.uid().unwrap_or_default();
-    let result = tokio::time::timeout(LIMIT, pass(&object, &context).instrument(span)).await;
+    let result = tokio::time::timeout(LIMIT, pass(&object, &context).instrument(span.clone())).await;
     context.metrics.reconciled(began.elapsed());
-    match result.unwrap_or(Err(Error::Timeout { limit: LIMIT }))? {
+    let result = result.unwrap_or(Err(Error::Timeout { limit: LIMIT })).inspect_err(|error| {
+        span.record("otel.status_code", "ERROR").record("otel.status_description", Chain(error).to_string());
+    });
+    match result? {
         Requeue::Backoff => Ok(Action::requeue(context.backoff.failed(&uid))),
         Requeue::After(wait) => {
             context.backoff.succeeded(&uid);

@@ -20,4 +20,5 @@ mod package;
 mod publish;
 mod release;
 mod support;
+mod traces;
 mod vsphere;

@@ -106,7 +106,7 @@ impl Vcenter {
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
-            .expect("vcsim is built by dev/vcsim/build");
+            .expect("vcsim is built by dev/programs");
         let stdin = process.stdin.take();
         let stdout = process.stdout.take().unwrap();
         let url = tokio::task::spawn_blocking(move || {
