@@ -31,14 +31,41 @@ struct BuildLabels {
     result: &'static str,
     /// The [`FailureClass`] of a failed build, else empty.
     class: &'static str,
-    /// Why it failed, else empty. See [`Metrics::bounded`].
-    reason: String,
 }
 
+/// How builds end. Each is there from the start: Prometheus sees no increase in a series that begins with 1.
+const ENDS: [BuildLabels; 8] = [
+    BuildLabels::unfailed("Succeeded"),
+    BuildLabels::unfailed("Cancelled"),
+    BuildLabels::unfailed("Superseded"),
+    BuildLabels::failed(FailureClass::BadInput),
+    BuildLabels::failed(FailureClass::Environment),
+    BuildLabels::failed(FailureClass::Transient),
+    BuildLabels::failed(FailureClass::Cancelled),
+    BuildLabels::failed(FailureClass::Internal),
+];
+
 impl BuildLabels {
-    fn unfailed(result: &'static str) -> Self {
-        Self { result, class: "", reason: String::new() }
+    const fn unfailed(result: &'static str) -> Self {
+        Self { result, class: "" }
     }
+
+    const fn failed(class: FailureClass) -> Self {
+        let class = match class {
+            FailureClass::BadInput => "BadInput",
+            FailureClass::Environment => "Environment",
+            FailureClass::Transient => "Transient",
+            FailureClass::Cancelled => "Cancelled",
+            FailureClass::Internal => "Internal",
+        };
+        Self { result: "Failed", class }
+    }
+}
+
+/// Why a build failed, see [`Metrics::bounded`].
+#[derive(Clone, Debug, Eq, Hash, PartialEq, EncodeLabelSet)]
+struct FailureLabels {
+    reason: String,
 }
 
 #[derive(Clone, Debug, Eq, Hash, PartialEq, EncodeLabelSet)]
@@ -57,6 +84,7 @@ pub struct Metrics {
     registry: Registry,
     started: Counter,
     finished: Family<BuildLabels, Counter>,
+    failures: Family<FailureLabels, Counter>,
     /// Those that are labels.
     reasons: Mutex<BTreeSet<String>>,
     stages: Family<StageLabels, Histogram>,
@@ -79,11 +107,12 @@ impl Default for Metrics {
         let reconcile_seconds = Histogram::new(exponential_buckets(0.001, 2.0, 16));
         let reconcile_errors = Family::<ReasonLabels, Counter>::default();
         registry.register("builds_started", "Build Jobs created", started.clone());
-        registry.register(
-            "builds_finished",
-            "Builds that ended, by result, failure class and reason",
-            finished.clone(),
-        );
+        registry.register("builds_finished", "Builds that ended, by result and failure class", finished.clone());
+        for end in &ENDS {
+            drop(finished.get_or_create(end));
+        }
+        let failures = Family::<FailureLabels, Counter>::default();
+        registry.register("build_failures", "Builds that failed, by reason", failures.clone());
         registry.register("build_stage_seconds", "Time of each stage of successful builds", stages.clone());
         registry.register("reconcile_seconds", "Time of one reconciliation", reconcile_seconds.clone());
         registry.register("reconcile_errors", "Failed reconciliations, by reason", reconcile_errors.clone());
@@ -100,6 +129,7 @@ impl Default for Metrics {
             registry,
             started,
             finished,
+            failures,
             reasons: Mutex::default(),
             stages,
             reconcile_seconds,
@@ -139,15 +169,8 @@ impl Metrics {
     }
 
     pub fn build_failed(&self, class: FailureClass, reason: &str) {
-        let reason = self.bounded(reason);
-        let class = match class {
-            FailureClass::BadInput => "BadInput",
-            FailureClass::Environment => "Environment",
-            FailureClass::Transient => "Transient",
-            FailureClass::Cancelled => "Cancelled",
-            FailureClass::Internal => "Internal",
-        };
-        self.finished.get_or_create(&BuildLabels { result: "Failed", class, reason }).inc();
+        self.finished.get_or_create(&BuildLabels::failed(class)).inc();
+        self.failures.get_or_create(&FailureLabels { reason: self.bounded(reason) }).inc();
     }
 
     /// The reason as a label. It comes from a pod, which may say anything: what is no word of ours, or one too many, is
@@ -199,9 +222,17 @@ mod tests {
             metrics.build_failed(FailureClass::Environment, reason);
         }
         let text = metrics.render().unwrap();
-        let name = "node_image_builder_builds_finished_total{result=\"Failed\",class=\"Environment\",reason=";
+        let name = "node_image_builder_build_failures_total{reason=";
         assert!(text.contains(&format!("{name}\"DiskFull\"}} 2")), "{text}");
         assert!(text.contains(&format!("{name}\"Other\"}} 4")), "{text}");
+        assert!(text.contains("builds_finished_total{result=\"Failed\",class=\"Environment\"} 6"), "{text}");
+    }
+
+    #[test]
+    fn every_end_of_a_build_is_counted_from_nothing() {
+        let text = Metrics::default().render().unwrap();
+        assert_eq!(text.matches("builds_finished_total{").count(), ENDS.len());
+        assert!(text.contains("builds_finished_total{result=\"Failed\",class=\"BadInput\"} 0"), "{text}");
     }
 
     #[test]
@@ -211,6 +242,6 @@ mod tests {
             metrics.build_failed(FailureClass::BadInput, &format!("Reason{n}"));
         }
         // Those, and `Other`.
-        assert_eq!(metrics.render().unwrap().matches("builds_finished_total{").count(), MAX_REASONS + 1);
+        assert_eq!(metrics.render().unwrap().matches("build_failures_total{").count(), MAX_REASONS + 1);
     }
 }

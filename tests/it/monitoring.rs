@@ -160,14 +160,14 @@ fn each_alert_fires_for_what_it_is_about_and_not_otherwise() {
         series("leader{instance=\"a\"}", "1x180"),
         series("builds_waiting{instance=\"a\"}", "1x60 0x120"),
         series("reconcile_errors_total{reason=\"Conflict\"}", "0+60x180"),
-        series("builds_finished_total{result=\"Failed\",class=\"BadInput\",reason=\"ChecksumMismatch\"}", "0x60 1x120"),
-        series("builds_finished_total{result=\"Succeeded\",class=\"\",reason=\"\"}", "0+1x180"),
+        series("builds_finished_total{result=\"Failed\",class=\"BadInput\"}", "0x60 1x120"),
+        series("builds_finished_total{result=\"Succeeded\",class=\"\"}", "0+1x180"),
     ];
     let ill = [
         series("leader{instance=\"a\"}", "0x180"),
         series("leader{instance=\"b\"}", "0x180"),
         series("reconcile_errors_total{reason=\"ApiRefused\"}", "0+6x180"),
-        series("builds_finished_total{result=\"Failed\",class=\"BadInput\",reason=\"ChecksumMismatch\"}", "0+1x180"),
+        series("builds_finished_total{result=\"Failed\",class=\"BadInput\"}", "0+1x180"),
     ];
     let full = [series("leader{instance=\"a\"}", "1x180"), series("builds_waiting{instance=\"a\"}", "3x180")];
     let alerts = alerts();
