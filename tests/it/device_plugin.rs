@@ -249,7 +249,7 @@ async fn devices_and_label_follow_what_really_runs() {
         assert_eq!(plugin.next_list().await, (0, DEVICES), "a device that runs no guest is offered to nobody");
         running.until_labelled("false").await;
     };
-    running.during(test).await;
+    Box::pin(running.during(test)).await;
 }
 
 #[tokio::test]
@@ -266,7 +266,7 @@ async fn the_plugin_registers_at_every_kubelet() {
             running.until_labelled("false").await;
         }
     };
-    running.during(test).await;
+    Box::pin(running.during(test)).await;
 }
 
 #[tokio::test]
