@@ -40,7 +40,7 @@ fn with_objects(verb: &str) {
     let output = Command::new("helm")
         .args(["template", "node-image-builder", "charts/node-image-builder", "--namespace", SYSTEM])
         .args(["--values", "dev/values.yaml", "--set", "kvmDevicePlugin.enabled=true"])
-        .args(["--show-only", "templates/kvm-device-plugin.yaml"])
+        .args(["--kube-version", "1.34.0", "--show-only", "templates/kvm-device-plugin.yaml"])
         .current_dir(root())
         .output()
         .unwrap();
@@ -92,7 +92,7 @@ async fn opens_kvm(namespace: &TestNamespace, name: &str, limits: Value) -> Pod 
             "automountServiceAccountToken": false,
             "containers": [{
                 "name": "main", "image": "localhost/node-image-builder/builder:dev", "imagePullPolicy": "Never",
-                "command": ["sh", "-c", "exec 3<>/dev/kvm"], "resources": {"limits": limits},
+                "command": ["sh", "-c", "test -c /dev/kvm && exec 3<>/dev/kvm"], "resources": {"limits": limits},
                 "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
             }],
         },
