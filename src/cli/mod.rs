@@ -10,6 +10,7 @@ mod download;
 mod dropin;
 mod failure;
 mod guest_checks;
+mod kvm_device_plugin;
 mod manifest;
 mod nodeimage;
 mod operator;
@@ -82,6 +83,8 @@ enum Command {
     CleanUp(clean_up::CleanUpArgs),
     /// Host finished images for machines, and take them from builds.
     Serve(serve::Options),
+    /// Offer KVM to the containers of a node that runs guests under it: a device plugin for kubelet.
+    KvmDevicePlugin(kvm_device_plugin::Options),
     /// Boot an image in QEMU and check the image contract in it.
     Verify(verify::VerifyArgs),
     /// Check the image contract in the system that this runs in; `verify` and builds call it in the booted image.
@@ -106,9 +109,14 @@ impl Cli {
 pub fn run(cli: Cli) -> ExitCode {
     let format = match (cli.log_format, &cli.command) {
         // The services' log is for machines, that of everything else for a person.
-        (LogFormat::Auto, Command::Operator(_) | Command::Run(_) | Command::CleanUp(_) | Command::Serve(_)) => {
-            LogFormat::Auto
-        }
+        (
+            LogFormat::Auto,
+            Command::Operator(_)
+            | Command::Run(_)
+            | Command::CleanUp(_)
+            | Command::Serve(_)
+            | Command::KvmDevicePlugin(_),
+        ) => LogFormat::Auto,
         (LogFormat::Auto, _) => LogFormat::Text,
         (given, _) => given,
     };
@@ -142,6 +150,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Command::Run(args) => return run::run(&args),
         Command::CleanUp(args) => return clean_up::run(&args),
         Command::Serve(options) => serve::run(options),
+        Command::KvmDevicePlugin(options) => kvm_device_plugin::run(options),
         Command::Verify(args) => verify::run(&args),
         Command::GuestChecks(args) => guest_checks::run(&args),
         Command::CopyProgram(args) => copy_program::run(&args),

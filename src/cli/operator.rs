@@ -79,6 +79,10 @@ struct PlacementArgs {
     /// can then become root there.
     #[arg(long, env = "IMAGE_BUILDER_ALLOW_CONTROL_PLANE")]
     allow_control_plane: bool,
+    /// Resource of nodes with KVM that a device plugin offers, e.g. nodeimagebuild.dev/kvm: builds whose specification
+    /// demands KVM ask for one, so that they wait for such a node rather than fail on another.
+    #[arg(long, env = "IMAGE_BUILDER_KVM_RESOURCE", value_name = "NAME")]
+    kvm_resource: Option<String>,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -187,7 +191,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         image_builder_image,
         release_manifest_url,
         builder_service_account,
-        placement: PlacementArgs { node_selector, allow_control_plane },
+        placement: PlacementArgs { node_selector, allow_control_plane, kvm_resource },
         artifact_server,
         lifecycle,
         lease_namespace,
@@ -208,7 +212,11 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         artifact_server,
         lifecycle,
         reach: Reach::OtherMachines,
-        placement: Placement { node_selector: node_selector.into_iter().collect(), control_plane: allow_control_plane },
+        placement: Placement {
+            node_selector: node_selector.into_iter().collect(),
+            control_plane: allow_control_plane,
+            kvm_resource,
+        },
     };
     let mut config =
         kube::Config::infer().await.context("no cluster is configured: set KUBECONFIG, or run in a pod")?;

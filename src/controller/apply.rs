@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     api::v1alpha1::{FINALIZER, NodeImageBuild, NodeImageBuildStatus},
-    contract::Engine,
+    contract::{Accelerator, Engine},
     error::Chain,
 };
 
@@ -202,6 +202,10 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
             requests: Some(spec.resources.requests_with_defaults()),
             limits: (!spec.resources.limits.is_empty()).then(|| spec.resources.limits.clone()),
             claims: None,
+        },
+        device: match prepared.request.verify.accelerator {
+            Accelerator::Kvm => context.settings.placement.kvm_resource.as_deref(),
+            Accelerator::Any => None,
         },
         node_selector: node_selector(build, context),
         tolerations: spec.tolerations.clone(),

@@ -54,6 +54,8 @@ pub struct Placement {
     pub node_selector: BTreeMap<String, String>,
     /// Whether resources may tolerate the taint of control plane nodes.
     pub control_plane: bool,
+    /// Resource of nodes with KVM, which builds that need it ask for, so that they come to such a node.
+    pub kvm_resource: Option<String>,
 }
 
 /// How long finished builds are kept, how often releases are looked for, how many builds run.

@@ -9,6 +9,8 @@ use crate::{
 
 /// The emulator; Debian's name for it.
 pub const QEMU: &str = "qemu-system-x86_64";
+/// KVM's device on a node.
+pub const KVM_DEVICE: &str = "/dev/kvm";
 /// A guest of a few instructions needs no longer, on a machine that does much else.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the probe guest writes to the debug port; QEMU ends with twice this plus one.
@@ -83,10 +85,10 @@ pub async fn probe(wanted: Accelerator, scratch: &Path, runner: &Runner) -> Resu
     }
 }
 
-/// Why KVM runs no guest, if it does not.
-async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<String>, AcceleratorError> {
-    if !Path::new("/dev/kvm").exists() {
-        return Ok(Some("there is no /dev/kvm".to_owned()));
+/// Why KVM runs no guest, if it does not; found out by running one, in `scratch`.
+pub async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<String>, AcceleratorError> {
+    if !Path::new(KVM_DEVICE).exists() {
+        return Ok(Some(format!("there is no {KVM_DEVICE}")));
     }
     let mut firmware = tempfile::Builder::new()
         .prefix("probe-")

@@ -9,6 +9,7 @@ mod cluster;
 mod command_line;
 mod faults;
 mod image_builder;
+mod kvm_device_plugin;
 mod lifecycle;
 mod machine;
 mod mirror;

@@ -31,7 +31,26 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("publish", &["api", "release", "native", "imagebuilder", "build", "cli", "controller", "serve"]),
     ("serve", &["api", "release", "fetch", "native", "publish", "build", "cli", "controller"]),
     ("build", &["api", "cli", "controller", "serve"]),
-    ("controller", &["fetch", "package", "native", "imagebuilder", "publish", "build", "cli", "serve"]),
+    (
+        "device_plugin",
+        &[
+            "api",
+            "contract",
+            "release",
+            "fetch",
+            "package",
+            "imagebuilder",
+            "publish",
+            "build",
+            "cli",
+            "controller",
+            "serve",
+        ],
+    ),
+    (
+        "controller",
+        &["device_plugin", "fetch", "package", "native", "imagebuilder", "publish", "build", "cli", "serve"],
+    ),
 ];
 
 #[test]

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use node_image_builder::api::v1alpha1::NodeImageBuild;
+use node_image_builder::{api::v1alpha1::NodeImageBuild, device_plugin::RESOURCE};
 use serde_json::{Value, json};
 
 use crate::support::chart::{KUBERNETES, chart, helm, of_kind, template};
@@ -174,6 +174,29 @@ fn limits_and_times_reach_the_operator_and_no_limit_is_none() {
     let unlimited = environment(&template(&chart().join("ci/minimal.yaml")).unwrap());
     assert!(!unlimited.keys().any(|name| name.contains("MAX_BUILDS")), "{unlimited:?}");
     assert_eq!(unlimited["IMAGE_BUILDER_RELEASE_POLL_INTERVAL"], "15m");
+}
+
+#[test]
+fn the_device_plugin_may_label_nodes_and_builds_ask_for_its_device() {
+    let without = template(&chart().join("ci/minimal.yaml")).unwrap();
+    assert!(of_kind(&without, "DaemonSet").is_empty());
+    assert!(!environment(&without).contains_key("IMAGE_BUILDER_KVM_RESOURCE"));
+    let elsewhere = template(&chart().join("ci/one-namespace.yaml")).unwrap();
+    assert_eq!(environment(&elsewhere)["IMAGE_BUILDER_KVM_RESOURCE"], "devices.kubevirt.io/kvm");
+
+    let with = template(&chart().join("ci/everything.yaml")).unwrap();
+    assert_eq!(environment(&with)["IMAGE_BUILDER_KVM_RESOURCE"], RESOURCE);
+    let [plugin] = &of_kind(&with, "DaemonSet")[..] else { panic!("{with:#?}") };
+    let pod = &plugin["spec"]["template"]["spec"];
+    assert_eq!(pod["containers"][0]["image"], environment(&with)["IMAGE_BUILDER_BUILDER_IMAGE"], "the image with QEMU");
+    assert_eq!(pod["volumes"][0]["hostPath"]["path"], "/data/kubelet/device-plugins");
+    let account = pod["serviceAccountName"].as_str().unwrap();
+    let bindings = of_kind(&with, "ClusterRoleBinding");
+    let bound = |binding: &&&Value| binding["subjects"][0]["name"] == account;
+    let binding = bindings.iter().find(bound).unwrap();
+    let roles = of_kind(&with, "ClusterRole");
+    let role = roles.iter().find(|role| role["metadata"]["name"] == binding["roleRef"]["name"]).unwrap();
+    assert_eq!(role["rules"], json!([{ "apiGroups": [""], "resources": ["nodes"], "verbs": ["patch"] }]));
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod chart;
 mod cli;
 mod controller;
 mod crd;
+mod device_plugin;
 mod examples;
 mod failures;
 mod fetch;

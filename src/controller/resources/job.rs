@@ -61,6 +61,8 @@ pub struct JobInputs<'a> {
     /// Where the upload token goes, when there is one.
     pub token_slot: Option<&'a CredentialSlot>,
     pub resources: ResourceRequirements,
+    /// A device that the build needs, as the resource that nodes have of it.
+    pub device: Option<&'a str>,
     pub node_selector: BTreeMap<String, String>,
     pub tolerations: Vec<Toleration>,
     pub timeout_seconds: u32,
@@ -77,12 +79,18 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         service_account,
         references,
         token_slot,
-        resources,
+        mut resources,
+        device,
         node_selector,
         tolerations,
         timeout_seconds,
         retries,
     } = inputs;
+    if let Some(device) = device {
+        // Who set another number in the resource wants that.
+        let limits = resources.limits.get_or_insert_default();
+        limits.entry(device.to_owned()).or_insert_with(|| Quantity("1".to_owned()));
+    }
     let mut mounts = Mounts::default();
     mounts.add(work_volume(), WORK_DIR.to_owned(), false);
     let build_secret = identity.object_name();
@@ -300,7 +308,7 @@ mod tests {
 
     use super::*;
 
-    fn pod(upstream_image: Option<&str>) -> PodSpec {
+    fn pod(upstream_image: Option<&str>, device: Option<&str>) -> PodSpec {
         let identity = Identity {
             namespace: "images".into(),
             name: "ubuntu".into(),
@@ -316,6 +324,7 @@ mod tests {
             references: &[],
             token_slot: None,
             resources: ResourceRequirements::default(),
+            device,
             node_selector: BTreeMap::new(),
             tolerations: vec![],
             timeout_seconds: 60,
@@ -326,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_build_in_upstreams_image_gets_this_program_from_ours() {
-        let pod = pod(Some("upstreams"));
+        let pod = pod(Some("upstreams"), None);
         let [before] = &pod.init_containers.unwrap()[..] else { panic!("not one init container") };
         let [build] = &pod.containers[..] else { panic!("not one container") };
         assert_eq!((before.image.as_deref(), build.image.as_deref()), (Some("ours"), Some("upstreams")));
@@ -345,8 +354,16 @@ mod tests {
 
     #[test]
     fn a_native_build_runs_in_our_image_alone() {
-        let pod = pod(None);
+        let pod = pod(None, None);
         assert_eq!(pod.init_containers, None);
         assert_eq!((pod.containers[0].image.as_deref(), &pod.containers[0].command), (Some("ours"), &None));
+    }
+
+    #[test]
+    fn a_build_asks_for_the_device_that_it_needs() {
+        let limits = |device| pod(None, device).containers[0].resources.clone().unwrap().limits;
+        assert_eq!(limits(None), None);
+        let asked = limits(Some("example.com/kvm")).unwrap();
+        assert_eq!(asked, BTreeMap::from([("example.com/kvm".to_owned(), Quantity("1".to_owned()))]));
     }
 }

@@ -178,7 +178,8 @@ async fn what_a_url_leads_to_is_not_told() {
 #[tokio::test]
 async fn builds_run_on_the_nodes_that_the_administrator_chose() {
     let mut harness = Harness::without_operator("nodes").await;
-    let placement = Placement { node_selector: [("builds".to_owned(), "yes".to_owned())].into(), control_plane: false };
+    let node_selector = [("builds".to_owned(), "yes".to_owned())].into();
+    let placement = Placement { node_selector, ..Placement::default() };
     harness.start_operator_with(harness.operator_client.clone(), Settings { placement, ..harness.settings() });
     harness.create("image", json!({ "build": { "nodeSelector": { "zone": "a" } } })).await;
     let selector = harness.job("image").await.spec.unwrap().template.spec.unwrap().node_selector.unwrap();

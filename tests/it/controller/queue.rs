@@ -5,7 +5,7 @@ use kube::{ResourceExt, api::DeleteParams};
 use node_image_builder::{
     api::v1alpha1::{NodeImageBuild, Phase},
     controller::{
-        context::{Lifecycle, Settings},
+        context::{Lifecycle, Placement, Settings},
         queue::Limits,
     },
 };
@@ -153,4 +153,19 @@ async fn waiting_costs_few_writes() {
     // One build ends and one begins: the others' positions are told later, and not all at once.
     let after = traffic.writes().len() - before;
     assert!(after <= 8, "{after} writes: {:#?}", &traffic.writes()[before..]);
+}
+
+#[tokio::test]
+async fn only_builds_that_demand_kvm_ask_for_the_device() {
+    let mut harness = Harness::without_operator("kvm").await;
+    let placement = Placement { kvm_resource: Some("example.com/kvm".into()), ..Placement::default() };
+    let settings = Settings { placement, ..harness.settings() };
+    harness.start_operator_with(harness.operator_client.clone(), settings);
+    let asked = async |name: &str| {
+        let pod = harness.job(name).await.spec.unwrap().template.spec.unwrap();
+        pod.containers[0].resources.clone().unwrap().limits.unwrap_or_default().contains_key("example.com/kvm")
+    };
+    harness.create("demands", json!({ "verify": { "accelerator": "KVM" } })).await;
+    harness.create("takes-any", json!({})).await;
+    assert_eq!((asked("demands").await, asked("takes-any").await), (true, false));
 }

@@ -1,0 +1,172 @@
+//! The device plugin under a real kubelet.
+
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use k8s_openapi::{
+    api::core::v1::{Node, Pod},
+    apimachinery::pkg::api::resource::Quantity,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ListParams, LogParams, PostParams},
+};
+use node_image_builder::{
+    device_plugin::{DEVICES, LABEL, RESOURCE},
+    native::accelerator,
+    process::Runner,
+    secret::Redactor,
+};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::{SYSTEM, TestNamespace, kubectl, until};
+
+const LIMIT: Duration = Duration::from_secs(180);
+const DAEMON_SET: &str = "node-image-builder-kvm";
+const COMPONENT: &str = "app.kubernetes.io/component=kvm-device-plugin";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// `kubectl VERB` for the chart's objects of the device plugin.
+fn with_objects(verb: &str) {
+    let output = Command::new("helm")
+        .args(["template", "node-image-builder", "charts/node-image-builder", "--namespace", SYSTEM])
+        .args(["--values", "dev/values.yaml", "--set", "kvmDevicePlugin.enabled=true"])
+        .args(["--kube-version", "1.34.0", "--show-only", "templates/kvm-device-plugin.yaml"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let mut child = Command::new("kubectl").args([verb, "-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&output.stdout).unwrap();
+    assert!(child.wait().unwrap().success(), "kubectl {verb}");
+}
+
+fn wait_for_rollout() {
+    kubectl(&["-n", SYSTEM, "rollout", "status", "daemonset", DAEMON_SET, "--timeout=120s"]);
+}
+
+async fn node(client: &Client) -> Node {
+    Api::<Node>::all(client.clone()).list(&ListParams::default()).await.unwrap().items.remove(0)
+}
+
+/// Waits until the node's label says whether guests run, and as many devices are there and may be given to pods.
+async fn until_node_shows(client: &Client, runs: bool, capacity: usize, allocatable: usize) {
+    let what = format!("the node has the label {runs} and {allocatable} of {capacity} devices");
+    until(LIMIT, &what, async || {
+        let node = node(client).await;
+        let label = node.labels().get(LABEL) == Some(&runs.to_string());
+        let status = node.status.unwrap();
+        let count = |resources: Option<BTreeMap<String, Quantity>>| Some(resources?.get(RESOURCE)?.0.clone());
+        label
+            && count(status.capacity) == Some(capacity.to_string())
+            && count(status.allocatable) == Some(allocatable.to_string())
+    })
+    .await;
+}
+
+/// The plugin's pod: how often it was started, and how often it registered.
+async fn plugin(client: &Client) -> Option<(i32, usize)> {
+    let pods: Api<Pod> = Api::namespaced(client.clone(), SYSTEM);
+    let pod = pods.list(&ListParams::default().labels(COMPONENT)).await.unwrap().items.pop()?;
+    let log = pods.logs(&pod.name_any(), &LogParams::default()).await.ok()?;
+    let restarts = pod.status?.container_statuses?.first()?.restart_count;
+    Some((restarts, log.matches("registered at kubelet").count()))
+}
+
+/// A pod without privileges that opens KVM's device, with one of the plugin's devices or without.
+async fn opens_kvm(namespace: &TestNamespace, name: &str, limits: Value) -> Pod {
+    let pods: Api<Pod> = Api::namespaced(namespace.client.clone(), &namespace.name);
+    let pod = json!({
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": false,
+            "containers": [{
+                "name": "main", "image": "localhost/node-image-builder/builder:dev", "imagePullPolicy": "Never",
+                "command": ["sh", "-c", "test -c /dev/kvm && exec 3<>/dev/kvm"], "resources": {"limits": limits},
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+            }],
+        },
+    });
+    pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+    let mut seen = None;
+    until(LIMIT, "the pod ends or finds no node", async || {
+        let pod = pods.get(name).await.unwrap();
+        let status = pod.status.clone().unwrap();
+        let phase = status.phase.unwrap_or_default();
+        let refused = status.conditions.iter().flatten().any(|one| one.reason.as_deref() == Some("Unschedulable"));
+        seen = Some(pod);
+        phase == "Succeeded" || phase == "Failed" || refused
+    })
+    .await;
+    seen.unwrap()
+}
+
+fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().unwrap().phase.as_deref().unwrap()
+}
+
+#[tokio::test]
+async fn kubelet_gives_kvm_to_pods_without_privileges_where_a_guest_runs() {
+    // The level forbids privileged pods and the node's directories.
+    let namespace = TestNamespace::create_with_level("kvm", "baseline").await;
+    let client = namespace.client.clone();
+    let scratch = tempfile::tempdir().unwrap();
+    let runner = Runner::new(Redactor::default(), CancellationToken::new());
+    let failure = accelerator::kvm_failure(scratch.path(), &runner).await.unwrap();
+    let there = Path::new(accelerator::KVM_DEVICE).exists();
+    let capacity = if there { DEVICES } else { 0 };
+    let really_runs = failure.is_none();
+    eprintln!("  KVM on this machine: {}", failure.as_deref().unwrap_or("runs guests"));
+
+    with_objects("apply");
+    wait_for_rollout();
+    let allocatable = if really_runs { DEVICES } else { 0 };
+    until_node_shows(&client, really_runs, capacity, allocatable).await;
+    if !really_runs {
+        let pod = opens_kvm(&namespace, "waits", json!({RESOURCE: "1"})).await;
+        let conditions = serde_json::to_string(&pod.status.as_ref().unwrap().conditions).unwrap();
+        assert_eq!(phase(&pod), "Pending", "{conditions}");
+        assert!(conditions.contains(&format!("Insufficient {RESOURCE}")), "{conditions}");
+    }
+
+    // The node forgets the devices of a plugin that does not come back to a kubelet that was started anew.
+    assert_eq!(plugin(&client).await, Some((0, 1)));
+    let killed = Command::new("dev/enter").args(["sh", "-c", "kill $(pidof kubelet)"]).current_dir(root()).status();
+    assert!(killed.unwrap().success(), "the cluster has no kubelet");
+    until(LIMIT, "the plugin registers again", async || plugin(&client).await == Some((0, 2))).await;
+    until_node_shows(&client, really_runs, capacity, allocatable).await;
+
+    if there && !really_runs {
+        // From here on an emulator answers that says of each guest that it ran.
+        kubectl(&["-n", SYSTEM, "create", "configmap", DAEMON_SET, "--from-literal=emulator=#!/bin/sh\nexit 33\n"]);
+        let patch = json!({"spec": {"template": {"spec": {
+            "containers": [{"name": "kvm-device-plugin", "volumeMounts": [{
+                "name": "emulator", "mountPath": "/usr/local/bin/qemu-system-x86_64", "subPath": "emulator",
+            }]}],
+            "volumes": [{"name": "emulator", "configMap": {"name": DAEMON_SET, "defaultMode": 0o755}}],
+        }}}});
+        kubectl(&["-n", SYSTEM, "patch", "daemonset", DAEMON_SET, "-p", &patch.to_string()]);
+        wait_for_rollout();
+        until_node_shows(&client, true, DEVICES, DEVICES).await;
+        kubectl(&["-n", SYSTEM, "delete", "configmap", DAEMON_SET]);
+    }
+    if there {
+        let with = opens_kvm(&namespace, "with", json!({RESOURCE: "1"})).await;
+        assert_eq!(phase(&with), "Succeeded", "{:?}", with.status);
+        let without = opens_kvm(&namespace, "without", json!({})).await;
+        assert_eq!(phase(&without), "Failed", "{:?}", without.status);
+    }
+    with_objects("delete");
+    kubectl(&["label", "node", &node(&client).await.name_any(), &format!("{LABEL}-")]);
+    namespace.delete().await;
+}
