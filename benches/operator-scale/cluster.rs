@@ -71,9 +71,8 @@ impl Cluster {
 
 async fn until(seen: &watch::Sender<usize>, count: usize, what: &str, limit: Duration) {
     let mut seen = seen.subscribe();
-    if timeout(limit, seen.wait_for(|seen| *seen >= count)).await.is_err() {
-        panic!("{} of {count} {what} after {limit:?}", *seen.borrow());
-    }
+    let reached = timeout(limit, seen.wait_for(|seen| *seen >= count)).await.is_ok();
+    assert!(reached, "{} of {count} {what} after {limit:?}", *seen.borrow());
 }
 
 async fn see_jobs(client: Client, seen: watch::Sender<usize>, created: mpsc::UnboundedSender<Job>) {

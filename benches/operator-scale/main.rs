@@ -320,6 +320,9 @@ async fn program(path: &Path, side: &Side<'_>, server: &apiserver::ApiServer, mi
     }
 }
 
+/// What a line shows, the aim if there is one, and the figure.
+type Row<'r> = (&'r str, &'r str, &'r dyn Fn(&Figures) -> f64);
+
 fn print(options: &Options, ours: &Figures, peer: Option<&Figures>) {
     let Options { builds, burst, namespaces, idle_seconds, .. } = options;
     println!("{builds} NodeImageBuilds in {namespaces} namespaces; {burst} applied at once beside them\n");
@@ -327,7 +330,7 @@ fn print(options: &Options, ours: &Figures, peer: Option<&Figures>) {
     let millis = |time: Duration| time.as_secs_f64() * 1000.0;
     #[expect(clippy::cast_precision_loss, reason = "counts are small")]
     let each = |count: usize| count as f64 / *builds as f64;
-    let rows: [(&str, &str, &dyn Fn(&Figures) -> f64); 17] = [
+    let rows: [Row; 17] = [
         ("first apply to all Ready, s", "", &|f| seconds(f.crowd)),
         ("resident memory, highest until then, MiB", "40", &|f| f.most_memory),
         ("resident memory, idle, MiB", "40", &|f| f.idle_memory),

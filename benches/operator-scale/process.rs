@@ -111,7 +111,7 @@ impl Process {
     pub async fn load(&self, time: Duration) -> f64 {
         let (begin, before) = (Instant::now(), self.cpu());
         tokio::time::sleep(time).await;
-        (self.cpu() - before).as_secs_f64() / begin.elapsed().as_secs_f64()
+        self.cpu().saturating_sub(before).as_secs_f64() / begin.elapsed().as_secs_f64()
     }
 
     /// Waits until it has nothing to do, and gives the time from now until that began.
