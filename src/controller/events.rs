@@ -1,5 +1,7 @@
 //! Kubernetes Events about `NodeImageBuilds`, through one recorder that folds repeated ones.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{Client, Resource};
 use kube_runtime::events::{Event, EventType, Recorder, Reporter};
@@ -31,9 +33,20 @@ impl Note {
     }
 }
 
+/// The recorder remembers each event for minutes to fold repeated ones; what is repeated is so within a few passes.
+const MOST_REMEMBERED: usize = 256;
+
 /// Publishes notes. Clones share the memory that folds repeated events.
 #[derive(Clone)]
-pub struct Events(Recorder);
+pub struct Events {
+    client: Client,
+    inner: Arc<Mutex<Inner>>,
+}
+
+struct Inner {
+    recorder: Recorder,
+    published: usize,
+}
 
 impl std::fmt::Debug for Events {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -43,7 +56,19 @@ impl std::fmt::Debug for Events {
 
 impl Events {
     pub fn new(client: Client) -> Self {
-        Self(Recorder::new(client, Reporter::from(CONTROLLER)))
+        let recorder = Recorder::new(client.clone(), Reporter::from(CONTROLLER));
+        Self { client, inner: Arc::new(Mutex::new(Inner { recorder, published: 0 })) }
+    }
+
+    /// The recorder, which is a new one after so many events: thousands of builds must not fill the memory with them.
+    fn recorder(&self) -> Recorder {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if inner.published == MOST_REMEMBERED {
+            let recorder = Recorder::new(self.client.clone(), Reporter::from(CONTROLLER));
+            *inner = Inner { recorder, published: 0 };
+        }
+        inner.published += 1;
+        inner.recorder.clone()
     }
 
     /// Publishes the note about `object`. An Event that can not be written is logged, nothing more: it must not stop a
@@ -60,7 +85,7 @@ impl Events {
             action: note.action.to_owned(),
             secondary: None,
         };
-        if let Err(error) = self.0.publish(&event, &regarding).await {
+        if let Err(error) = self.recorder().publish(&event, &regarding).await {
             tracing::warn!(reason = note.reason, %error, "can not publish an event");
         }
     }

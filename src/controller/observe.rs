@@ -36,7 +36,9 @@ use super::{
     validate::{self, Refusal, Wish, wish},
 };
 use crate::{
-    api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
+    api::v1alpha1::{
+        BUILD_ID_LABEL, FINALIZER, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING,
+    },
     contract::{Archive, Base, BaseChecksum, Classified},
     error::Chain,
     release::{ReleaseError, ReleaseQuery},
@@ -110,31 +112,19 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Re
     let namespace = build.namespace().unwrap_or_default();
     let name = build.name_any();
     let uid = build.uid().unwrap_or_default();
-    let ours = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
-    let jobs: Api<Job> = Api::namespaced(context.client.clone(), &namespace);
-    let pods: Api<Pod> = Api::namespaced(context.client.clone(), &namespace);
-    let secrets: Api<Secret> = Api::namespaced(context.client.clone(), &namespace);
-    // Pods after Jobs: what a Job says about its pod must be visible in the pod as well.
-    let jobs = jobs.list(&ours).await.map_err(Error::api(format!("list the Jobs of `{name}`")))?;
-    let (pods, secrets) = tokio::try_join!(
-        async { pods.list(&ours).await.map_err(Error::api(format!("list the pods of `{name}`"))) },
-        async { secrets.list_metadata(&ours).await.map_err(Error::api(format!("list the Secrets of `{name}`"))) },
-    )?;
+    let Children { jobs, pods, secrets } =
+        if is_new(&build) { Children::default() } else { children(&namespace, &name, context).await? };
     let owned = |owners: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference]| {
         owners.iter().any(|owner| owner.uid == uid)
     };
-    let observed_jobs: Vec<ObservedJob> = jobs
-        .items
-        .iter()
-        .filter(|job| owned(job.owner_references()))
-        .filter_map(|job| observed_job(job, &pods.items))
-        .collect();
+    let observed_jobs: Vec<ObservedJob> =
+        jobs.iter().filter(|job| owned(job.owner_references())).filter_map(|job| observed_job(job, &pods)).collect();
 
     let mut pod_refusals = BTreeMap::new();
     for job in &observed_jobs {
         if let JobState::Active { pod: PodState::Absent, .. } = job.state
             && !job.deleting
-            && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs.items).await?
+            && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs).await?
         {
             pod_refusals.insert(job.build_id.clone(), message);
         }
@@ -147,23 +137,52 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Re
         wish: wish(&build),
         progress: running.and_then(|pod| context.followers.latest(&uid, pod)),
         secrets: secrets
-            .items
             .iter()
             .filter(|secret| owned(secret.owner_references()))
             .filter_map(|secret: &PartialObjectMeta<Secret>| secret.labels().get(BUILD_ID_LABEL).cloned())
             .collect(),
         outside: Outside::read(
-            &jobs.items.iter().filter(|job| owned(job.owner_references())).collect::<Vec<_>>(),
-            &pods.items,
-            &secrets.items.iter().filter(|secret| owned(secret.owner_references())).collect::<Vec<_>>(),
+            &jobs.iter().filter(|job| owned(job.owner_references())).collect::<Vec<_>>(),
+            &pods,
+            &secrets.iter().filter(|secret| owned(secret.owner_references())).collect::<Vec<_>>(),
         ),
-        live_pods: live_pods(&pods.items),
+        live_pods: live_pods(&pods),
         jobs: observed_jobs,
         pod_refusals,
         usage: usage(&build, context).await?,
         manifest_changed: follow_release(&build, context),
         build,
     })
+}
+
+/// Objects that carry the name of a build.
+#[derive(Default)]
+struct Children {
+    jobs: Vec<Job>,
+    pods: Vec<Pod>,
+    secrets: Vec<PartialObjectMeta<Secret>>,
+}
+
+/// Whether no pass has made anything for the resource: each adds the finalizer before it does. The object may be older
+/// than the cluster's; then the finalizer can not be added, and nothing is made of what was observed here.
+fn is_new(build: &NodeImageBuild) -> bool {
+    build.status.is_none()
+        && build.metadata.deletion_timestamp.is_none()
+        && !build.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
+}
+
+async fn children(namespace: &str, name: &str, context: &Context) -> Result<Children, Error> {
+    let ours = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
+    let jobs: Api<Job> = Api::namespaced(context.client.clone(), namespace);
+    let pods: Api<Pod> = Api::namespaced(context.client.clone(), namespace);
+    let secrets: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
+    // Pods after Jobs: what a Job says about its pod must be visible in the pod as well.
+    let jobs = jobs.list(&ours).await.map_err(Error::api(format!("list the Jobs of `{name}`")))?;
+    let (pods, secrets) = tokio::try_join!(
+        async { pods.list(&ours).await.map_err(Error::api(format!("list the pods of `{name}`"))) },
+        async { secrets.list_metadata(&ours).await.map_err(Error::api(format!("list the Secrets of `{name}`"))) },
+    )?;
+    Ok(Children { jobs: jobs.items, pods: pods.items, secrets: secrets.items })
 }
 
 /// What EKS Anywhere's resources in all namespaces name, where an image is to go that one of them may use.

@@ -1,13 +1,19 @@
 //! One pass over one resource: observe, find out the inputs, plan, apply.
 
 use std::{
+    borrow::Cow,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
-use kube::{Resource, ResourceExt, core::DeserializeGuard};
+use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{
+    Resource, ResourceExt,
+    core::{DeserializeGuard, error_boundary::InvalidObject},
+};
 use kube_runtime::controller::Action;
+use serde::{Deserialize, Deserializer};
 use tracing::{Instrument, field};
 
 use super::{
@@ -26,8 +32,50 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// A write lost a race: look again at once, with what the watch has brought by then.
 const CONFLICT: Duration = Duration::from_millis(200);
 
-/// What the controller watches: resources that do not parse must not stop the others.
-pub(super) type Guarded = DeserializeGuard<NodeImageBuild>;
+/// What the controller watches: resources that do not parse must not stop the others. All of them stay in memory, so they
+/// come without the fields that each manager owns, whose maps take more room than the rest together. Who the managers
+/// are stays.
+#[derive(Clone, Debug)]
+pub(super) struct Guarded(pub(super) Result<NodeImageBuild, InvalidObject>);
+
+impl<'de> Deserialize<'de> for Guarded {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut object = DeserializeGuard::<NodeImageBuild>::deserialize(deserializer)?;
+        for entry in object.meta_mut().managed_fields.iter_mut().flatten() {
+            entry.fields_v1 = None;
+        }
+        Ok(Self(object.0))
+    }
+}
+
+impl Resource for Guarded {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        NodeImageBuild::kind(&())
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        NodeImageBuild::group(&())
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        NodeImageBuild::version(&())
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        NodeImageBuild::plural(&())
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        self.0.as_ref().map_or_else(|invalid| &invalid.metadata, Resource::meta)
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        self.0.as_mut().map_or_else(|invalid| &mut invalid.metadata, Resource::meta_mut)
+    }
+}
 
 /// One pass.
 pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
@@ -98,4 +146,33 @@ pub(super) fn on_error(object: Arc<Guarded>, error: &Error, context: Arc<Context
     // It comes back to its old place; until then the others pass.
     context.queue.leave(&build);
     Action::requeue(context.backoff.failed(&object.uid().unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn watched_resources_keep_their_managers_and_not_what_those_own() {
+        let fields = json!({ "f:status": { "f:phase": {} } });
+        let entry = json!({ "manager": "backup", "operation": "Update", "subresource": "status", "fieldsV1": fields });
+        let mut object = json!({
+            "apiVersion": "nodeimagebuild.dev/v1alpha1",
+            "kind": "NodeImageBuild",
+            "metadata": { "name": "image", "managedFields": [entry] },
+            "spec": { "os": { "name": "ubuntu", "version": "22.04" }, "releaseChannel": "1-31", "baremetal": {} },
+        });
+        for parses in [true, false] {
+            if !parses {
+                object["spec"] = json!(1);
+            }
+            let guarded: Guarded = serde_json::from_value(object.clone()).unwrap();
+            assert_eq!(guarded.0.is_ok(), parses);
+            let [entry] = guarded.managed_fields() else { panic!("{guarded:?}") };
+            assert_eq!((entry.manager.as_deref(), entry.subresource.as_deref()), (Some("backup"), Some("status")));
+            assert_eq!(entry.fields_v1, None);
+        }
+    }
 }

@@ -22,10 +22,10 @@ use kube::{
     api::{DeleteParams, ListParams, ObjectMeta, Patch, PatchParams, PostParams},
 };
 use node_image_builder::{
-    api::v1alpha1::{BuildResult, FINALIZER, NodeImageBuild, Phase, REBUILD_ANNOTATION},
+    api::v1alpha1::{BuildResult, FINALIZER, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION},
     contract::{BuildReport, FailureClass, FailureReport, PublishTarget, Stage},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use self::harness::{Harness, Traffic, condition, message};
 
@@ -394,6 +394,22 @@ async fn other_objects_of_the_same_name_are_left_alone() {
     harness.until_gone::<Job>(&job.name_any()).await;
     let theirs: Job = harness.api().get(&theirs.name_any()).await.unwrap();
     assert_eq!(theirs.owner_references()[0].uid, other.uid().unwrap());
+}
+
+#[tokio::test]
+async fn nothing_is_looked_for_before_there_can_be_anything() {
+    let harness = Harness::start("new").await;
+    harness.create("image", json!({})).await;
+    harness.job("image").await;
+    let audit = harness.audit();
+    let place = |fits: &dyn Fn(&Value) -> bool| {
+        let ours = |entry: &Value| entry["objectRef"]["namespace"] == *harness.namespace && fits(entry);
+        audit.iter().position(ours)
+    };
+    let created = place(&|entry| entry["verb"] == "create" && entry["objectRef"]["resource"] == "jobs").unwrap();
+    let named = format!("{NAME_LABEL}%3Dimage").replace('/', "%2F");
+    let looked = place(&|entry| entry["verb"] == "list" && entry["requestURI"].as_str().unwrap().contains(&named));
+    assert!(looked.is_none_or(|looked| created < looked), "{audit:#?}");
 }
 
 #[tokio::test]

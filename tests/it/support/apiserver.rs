@@ -279,15 +279,20 @@ impl ApiServer {
         config
     }
 
+    /// Where the API server writes what service accounts asked of it; not there before the first asked.
+    pub fn audit_log(&self) -> PathBuf {
+        self.dir.join("audit.log")
+    }
+
     /// Length of the audit log, in bytes.
     pub fn audited(&self) -> u64 {
-        fs::metadata(self.dir.join("audit.log")).map_or(0, |file| file.len())
+        fs::metadata(self.audit_log()).map_or(0, |file| file.len())
     }
 
     /// What service accounts asked of the API server since the audit log had this length, but for what it answered before
     /// it was ready: it refuses by rights that it has not read yet.
     pub fn audit(&self, since: u64) -> Vec<Value> {
-        let mut file = match fs::File::open(self.dir.join("audit.log")) {
+        let mut file = match fs::File::open(self.audit_log()) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return vec![],
             file => file.unwrap(),
         };
