@@ -234,12 +234,21 @@ fn pod_failure(pod: &Pod) -> Failure {
         pod: Some(name(pod)),
         container: Some(BUILD_CONTAINER.to_owned()),
     };
-    if let Some(BuildReport::Failed(report)) = report(pod) {
-        return Failure {
+    let reported = match report(pod) {
+        Some(BuildReport::Failed(report)) => Some(Failure {
             stage: Some(report.stage),
             reason: shorten(&report.reason, 128),
             ..failure(report.class, "", shorten(&report.message, MAX_TEXT))
-        };
+        }),
+        Some(BuildReport::Succeeded(_)) | None => None,
+    };
+    // One that was told to stop does not know why; Kubernetes may.
+    let (stopped, known) = match reported {
+        Some(failure) if failure.class == FailureClass::Cancelled => (Some(failure), None),
+        reported => (None, reported),
+    };
+    if let Some(failure) = known {
+        return failure;
     }
     let status = pod.status.clone().unwrap_or_default();
     let told = shorten(status.message.as_deref().unwrap_or("no message"), MAX_TEXT);
@@ -275,6 +284,9 @@ fn pod_failure(pod: &Pod) -> Failure {
                 shorten(disruption.message.as_deref().unwrap_or("no message"), MAX_TEXT)
             ),
         );
+    }
+    if let Some(failure) = stopped {
+        return failure;
     }
     let Some(end) = terminated(pod) else {
         return failure(
@@ -315,4 +327,28 @@ fn pod_failure(pod: &Pod) -> Failure {
 
 fn class_of_exit_code(code: i32) -> FailureClass {
     EXIT_CODES.into_iter().find(|class| i32::from(class.exit_code()) == code).unwrap_or(FailureClass::Internal)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_build_that_stopped_because_its_pod_was_evicted_says_so() {
+        let report = json!({ "failed": {
+            "stage": "Install", "class": "Cancelled", "reason": "Cancelled", "message": "the build was cancelled",
+        }});
+        let end = json!({ "exitCode": 130, "message": report.to_string() });
+        let status = |reason: Option<&str>| {
+            let build = json!({ "name": BUILD_CONTAINER, "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": { "terminated": end } });
+            json!({ "phase": "Failed", "reason": reason, "message": "it used too much", "containerStatuses": [build] })
+        };
+        for (reason, expected) in [(Some("Evicted"), "PodEvicted"), (None, "Cancelled")] {
+            let pod: Pod = serde_json::from_value(json!({ "status": status(reason) })).unwrap();
+            assert_eq!(pod_failure(&pod).reason, expected);
+        }
+    }
 }

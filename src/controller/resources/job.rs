@@ -199,19 +199,10 @@ impl Mounts {
     }
 }
 
-/// Read in order. A pod that the cluster takes away, or that is told to stop while its Job stays, is replaced and does
-/// not use up an attempt; a build that can not succeed ends its Job.
+/// Read in order. A pod that the cluster takes away is replaced and does not use up an attempt; a build that can not
+/// succeed ends its Job. One that was told to stop does use one up: kubelet also tells so a pod that outgrew its own
+/// limits, and the next one would as well.
 pub(super) fn failure_rules() -> Vec<PodFailurePolicyRule> {
-    let on_exit_codes = |action: &str, codes: Vec<i32>| PodFailurePolicyRule {
-        action: action.to_owned(),
-        on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
-            container_name: Some(BUILD_CONTAINER.to_owned()),
-            operator: "In".to_owned(),
-            values: codes,
-        }),
-        on_pod_conditions: None,
-    };
-    let cancelled = i32::from(FailureClass::Cancelled.exit_code());
     let hopeless: Vec<i32> = EXIT_CODES
         .into_iter()
         .filter(|class| !class.is_retryable() && *class != FailureClass::Cancelled)
@@ -226,8 +217,15 @@ pub(super) fn failure_rules() -> Vec<PodFailurePolicyRule> {
                 status: "True".to_owned(),
             }]),
         },
-        on_exit_codes("Ignore", vec![cancelled]),
-        on_exit_codes("FailJob", hopeless),
+        PodFailurePolicyRule {
+            action: "FailJob".to_owned(),
+            on_exit_codes: Some(PodFailurePolicyOnExitCodesRequirement {
+                container_name: Some(BUILD_CONTAINER.to_owned()),
+                operator: "In".to_owned(),
+                values: hopeless,
+            }),
+            on_pod_conditions: None,
+        },
     ]
 }
 
