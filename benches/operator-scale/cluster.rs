@@ -1,10 +1,7 @@
 //! The parts of Kubernetes that the API server lacks, Job controller and kubelet, whose builds end at once; and what they
 //! and the watches saw.
 
-use std::{
-    collections::{BTreeMap, HashSet},
-    time::Duration,
-};
+use std::{collections::HashSet, time::Duration};
 
 use futures::{StreamExt, TryStreamExt};
 use jiff::Timestamp;
@@ -16,15 +13,16 @@ use kube::{
 use kube_runtime::{WatchStreamExt, watcher};
 use node_image_builder::{
     api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase},
-    contract::{BUILD_CONTAINER, BuildOutcome, BuildReport, ImageReport},
+    contract::{BUILD_CONTAINER, BuildOutcome, BuildReport},
 };
 use serde_json::json;
-use sha2::{Digest, Sha256};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
     time::timeout,
 };
+
+use crate::outcome;
 
 /// Jobs that are ended at the same time.
 const CONCURRENCY: usize = 8;
@@ -146,23 +144,5 @@ async fn end(client: &Client, job: &Job) {
 fn outcome(job: &Job) -> BuildOutcome {
     let directory =
         format!("{}/{}/{}", job.namespace().unwrap(), job.labels()[NAME_LABEL], job.labels()[BUILD_ID_LABEL]);
-    let name = "ubuntu-2204-kube-1-31.gz".to_owned();
-    BuildOutcome {
-        image: ImageReport {
-            url: Some(format!("http://images.example.com/{directory}/{name}").parse().unwrap()),
-            name,
-            format: "raw.gz".to_owned(),
-            additional_urls: vec![],
-            vsphere: None,
-            uuid: None,
-            size: 734_003_200,
-            virtual_size: 6_979_321_856,
-            sha256: hex::encode(Sha256::digest(&directory)),
-            base_digest: Some(format!("sha256:{}", hex::encode(Sha256::digest("base")))),
-            sbom: None,
-            provenance: None,
-        },
-        verification: "booted with KVM in 21 s".to_owned(),
-        stage_seconds: BTreeMap::new(),
-    }
+    outcome::outcome("ubuntu-2204-kube-1-31.gz".to_owned(), &directory)
 }

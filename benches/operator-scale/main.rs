@@ -20,6 +20,8 @@ mod audit;
 mod chart;
 mod cluster;
 mod mirror;
+#[path = "../../tests/it/support/outcome.rs"]
+mod outcome;
 mod process;
 
 use std::{

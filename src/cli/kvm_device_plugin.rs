@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::service::{client, cluster, told_to_stop};
 use crate::{
     device_plugin::DevicePlugin,
     native::accelerator::{self, KVM_DEVICE},
@@ -34,17 +34,14 @@ pub(super) fn run(options: Options) -> anyhow::Result<()> {
     let Options { node_name: node, device_plugins_dir: dir } = options;
     let scratch = tempfile::tempdir().context("can not make a directory for the probe guest")?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let config =
-            kube::Config::infer().await.context("no cluster is configured: set KUBECONFIG, or run in a pod")?;
-        let client = kube::Client::try_from(config).context("can not set up the Kubernetes client")?;
+        let stop = told_to_stop()?;
+        let client = client(cluster().await?)?;
         let runner = Runner::new(Redactor::default(), CancellationToken::new());
         let probe = async || accelerator::kvm_failure(scratch.path(), &runner).await;
         let plugin = DevicePlugin { dir, device: KVM_DEVICE.into(), node, client };
         tokio::select! {
             ended = plugin.run(probe) => match ended? {},
-            _ = terminate.recv() => Ok(()),
-            _ = interrupt.recv() => Ok(()),
+            () = stop => Ok(()),
         }
     })
 }

@@ -16,6 +16,7 @@ mod nodeimage;
 mod operator;
 mod run;
 mod serve;
+mod service;
 mod terminal;
 mod user_namespace;
 mod verify;

@@ -4,12 +4,10 @@ use std::{net::SocketAddr, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Du
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use tokio::{
-    net::TcpListener,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::net::TcpListener;
 use url::Url;
 
+use super::service::{client, cluster, told_to_stop};
 use crate::{
     contract::token::SigningKey,
     controller::{
@@ -218,11 +216,10 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
             kvm_resource,
         },
     };
-    let mut config =
-        kube::Config::infer().await.context("no cluster is configured: set KUBECONFIG, or run in a pod")?;
+    let mut config = cluster().await?;
     // Whole reconciliations are tried again; a call that waits by itself would only hide it.
     config.default_retry = false;
-    let client = kube::Client::try_from(config).context("can not set up the Kubernetes client")?;
+    let client = client(config)?;
 
     let metrics = Arc::new(Metrics::default());
     let ready = Arc::default();
@@ -231,13 +228,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         .await
         .with_context(|| format!("can not listen on --admin-address {admin_address}"))?;
     let operator = Operator { client, namespace, settings, lease, metrics, ready };
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let shutdown = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
+    let shutdown = told_to_stop()?;
     tokio::select! {
         result = operator.run(shutdown) => result.context("can not reach the artifact server"),
         result = axum::serve(listener, router) => result.context("the admin server ended"),

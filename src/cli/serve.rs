@@ -5,9 +5,9 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 use anyhow::Context;
 use clap::Args;
 use secrecy::SecretString;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::service::told_to_stop;
 use crate::{
     contract::token::SigningKey,
     serve::{Config, Server},
@@ -43,11 +43,11 @@ pub(super) fn run(options: Options) -> anyhow::Result<()> {
     let config = Config { data_dir, listen, key, admin_token, min_free_bytes, upload_max_age: UPLOAD_MAX_AGE };
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
         let cancel = CancellationToken::new();
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = told_to_stop()?;
         let server = Server::bind(config).await?;
         tracing::info!(address = %server.local_addr()?, "serving images");
         let signals = async {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            stop.await;
             tracing::info!("stopping");
             cancel.cancel();
             std::future::pending().await

@@ -234,22 +234,21 @@ fn pod_failure(pod: &Pod) -> Failure {
         pod: Some(name(pod)),
         container: Some(BUILD_CONTAINER.to_owned()),
     };
-    let reported = match report(pod) {
-        Some(BuildReport::Failed(report)) => Some(Failure {
-            stage: Some(report.stage),
-            reason: shorten(&report.reason, 128),
-            ..failure(report.class, "", shorten(&report.message, MAX_TEXT))
-        }),
+    let stopped = match report(pod) {
+        Some(BuildReport::Failed(report)) => {
+            let failure = Failure {
+                stage: Some(report.stage),
+                reason: shorten(&report.reason, 128),
+                ..failure(report.class, "", shorten(&report.message, MAX_TEXT))
+            };
+            // One that was told to stop does not know why; Kubernetes may.
+            if report.class != FailureClass::Cancelled {
+                return failure;
+            }
+            Some(failure)
+        }
         Some(BuildReport::Succeeded(_)) | None => None,
     };
-    // One that was told to stop does not know why; Kubernetes may.
-    let (stopped, known) = match reported {
-        Some(failure) if failure.class == FailureClass::Cancelled => (Some(failure), None),
-        reported => (None, reported),
-    };
-    if let Some(failure) = known {
-        return failure;
-    }
     let status = pod.status.clone().unwrap_or_default();
     let told = shorten(status.message.as_deref().unwrap_or("no message"), MAX_TEXT);
     match status.reason.as_deref() {

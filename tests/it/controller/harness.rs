@@ -29,9 +29,7 @@ use kube::{
 };
 use node_image_builder::{
     api::v1alpha1::{NodeImageBuild, NodeImageBuildStatus, Phase},
-    contract::{
-        BUILD_CONTAINER, BuildOutcome, BuildReport, BuildRequest, FailureReport, ImageReport, token::SigningKey,
-    },
+    contract::{BUILD_CONTAINER, BuildOutcome, BuildReport, BuildRequest, FailureReport, token::SigningKey},
     controller::{
         Operator,
         context::{ArtifactServerSettings, Lifecycle, Placement, Settings},
@@ -49,7 +47,10 @@ use tokio::{
     time::{interval, timeout},
 };
 
-use crate::support::apiserver::{self, ApiServer};
+use crate::support::{
+    self,
+    apiserver::{self, ApiServer},
+};
 
 /// Longest time until something that must happen has happened.
 pub const SOON: Duration = Duration::from_secs(30);
@@ -635,24 +636,7 @@ impl std::ops::Deref for Server {
 pub fn outcome(request: &BuildRequest) -> BuildOutcome {
     let name = format!("{}.gz", request.image_stem());
     let directory = format!("{}/{}/{}", request.identity.namespace, request.identity.name, request.identity.build_id);
-    BuildOutcome {
-        image: ImageReport {
-            url: Some(format!("http://images.example.com/{directory}/{name}").parse().unwrap()),
-            name,
-            format: "raw.gz".to_owned(),
-            additional_urls: vec![],
-            vsphere: None,
-            uuid: None,
-            size: 734_003_200,
-            virtual_size: 6_979_321_856,
-            sha256: hex::encode(Sha256::digest(&directory)),
-            base_digest: Some(format!("sha256:{}", hex::encode(Sha256::digest("base")))),
-            sbom: None,
-            provenance: None,
-        },
-        verification: "booted with KVM in 21 s".to_owned(),
-        stage_seconds: std::collections::BTreeMap::new(),
-    }
+    support::outcome::outcome(name, &directory)
 }
 
 /// Status and reason of a condition.

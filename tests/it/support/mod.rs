@@ -3,6 +3,7 @@
 pub mod apiserver;
 pub mod bad_server;
 pub mod chart;
+pub mod outcome;
 pub mod sources;
 pub mod tls;
 
