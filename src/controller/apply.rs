@@ -17,7 +17,7 @@ use secrecy::ExposeSecret;
 use serde_json::json;
 
 use super::{
-    CONTROLLER,
+    BuildRef, CONTROLLER,
     cleanup::{self, Scope},
     context::Context,
     error::{Error, api_status},
@@ -97,7 +97,7 @@ pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -
     }
     let uid = build.uid().unwrap_or_default();
     match follow {
-        Some(pod) => context.followers.follow(&uid, &super::BuildRef::of(build.as_ref()), pod),
+        Some(pod) => context.followers.follow(&uid, &BuildRef::of(build.as_ref()), pod),
         None => context.followers.stop(&uid),
     }
     let secrets: Api<Secret> = Api::namespaced(context.client.clone(), &namespace);
@@ -156,7 +156,11 @@ async fn set_finalizers(build: &NodeImageBuild, ours: bool, context: &Context) -
     match api.patch(&build.name_any(), &params, &Patch::Merge(&patch)).await {
         // It went away while its finalizer was removed.
         Err(error) if !ours && is_not_found(&error) => Ok(build.clone()),
-        result => result.map_err(Error::api("set the finalizer")),
+        result => {
+            let written = result.map_err(Error::api("set the finalizer"))?;
+            context.echoes.wrote(&BuildRef::of(build), &written);
+            Ok(written)
+        }
     }
 }
 
@@ -218,7 +222,10 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
         build,
     )
     .await?;
-    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await
+    if let Some(job) = post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await? {
+        context.echoes.wrote(&BuildRef::of(build.as_ref()), &job);
+    }
+    Ok(())
 }
 
 /// The labels that a node must have, those that the administrator demands among them.
@@ -246,23 +253,27 @@ async fn create_clean_up(observed: &Observed, id: &str, scope: Scope, context: &
         node_selector: node_selector(build, context),
         tolerations: build.spec.build.tolerations.clone(),
     });
-    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await
+    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await.map(drop)
 }
 
-/// Creates an object whose name says what it is. That it exists already is fine if it is ours.
-async fn post<K>(api: &Api<K>, object: &K, owner: &NodeImageBuild) -> Result<(), Error>
+/// Creates an object whose name says what it is, and gives what was created. That it exists already is fine if it is ours.
+async fn post<K>(api: &Api<K>, object: &K, owner: &NodeImageBuild) -> Result<Option<K>, Error>
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
 {
     let (kind, name) = (K::kind(&()), object.name_any());
     let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
     match api.create(&params, object).await {
-        Ok(_) => Ok(()),
+        Ok(created) => Ok(Some(created)),
         Err(error) if api_status(&error).is_some_and(kube::core::Status::is_already_exists) => {
             let there = api.get_metadata(&name).await.map_err(Error::api(format!("read the {kind} `{name}`")))?;
             let ours =
                 there.owner_references().iter().any(|reference| Some(&reference.uid) == owner.metadata.uid.as_ref());
-            if ours { Ok(()) } else { Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name }) }
+            if ours {
+                Ok(None)
+            } else {
+                Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name })
+            }
         }
         Err(error) => Err(Error::api(format!("create the {kind} `{name}`"))(error)),
     }
@@ -312,7 +323,9 @@ async fn write_status(
         let params = PatchParams { field_manager: Some(CONTROLLER.to_owned()), ..PatchParams::default() };
         api.patch_status(&name, &params, &Patch::Json::<()>(patch)).await
     };
-    result.map(drop).map_err(Error::api("write the status"))
+    let written = result.map_err(Error::api("write the status"))?;
+    context.echoes.wrote(&BuildRef::of(build), &written);
+    Ok(())
 }
 
 /// Whether every field of the status is the operator's by server-side apply. What another manager owns as well, e.g. a

@@ -8,10 +8,12 @@ use std::{
 
 use kube::Client;
 use secrecy::SecretString;
+use tokio::sync::mpsc;
 use url::Url;
 
 use super::{
     BuildRef,
+    echoes::Echoes,
     events::Events,
     metrics::Metrics,
     progress::Followers,
@@ -118,6 +120,7 @@ impl ArtifactServerSettings {
 pub struct Context {
     pub client: Client,
     pub settings: Settings,
+    pub echoes: Echoes,
     pub events: Events,
     pub metrics: Arc<Metrics>,
     pub backoff: Backoff,
@@ -128,11 +131,19 @@ pub struct Context {
     pub queue: Queue,
     /// For the artifact server.
     pub http: reqwest::Client,
+    pub(super) wake: mpsc::UnboundedSender<BuildRef>,
 }
 
 impl Context {
+    /// Has a pass begin.
+    pub(super) fn wake(&self, build: &BuildRef) {
+        // The other end goes with the controller.
+        let _ = self.wake.send(build.clone());
+    }
+
     /// The resource is gone.
     pub(super) fn forget(&self, build: &BuildRef) {
+        self.echoes.forget(build);
         self.referrers.set(build, []);
         self.releases.leave(build);
         self.queue.leave(build);

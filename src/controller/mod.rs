@@ -8,6 +8,7 @@ pub mod admin;
 mod apply;
 pub mod cleanup;
 pub mod context;
+pub mod echoes;
 pub mod error;
 pub mod events;
 pub mod job_state;
@@ -38,7 +39,7 @@ use std::{
 };
 
 use backon::ExponentialBuilder;
-use futures::{StreamExt, stream};
+use futures::{StreamExt, TryStreamExt, future::ready, stream};
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Secret},
@@ -49,20 +50,22 @@ use kube::{
     core::{NamespaceResourceScope, PartialObjectMeta},
 };
 use kube_runtime::{
+    WatchStreamExt,
     controller::{Config as ControllerConfig, Controller, Error as ControllerError},
-    reflector::ObjectRef,
+    reflector::{self, ObjectRef, reflector},
     watcher,
 };
 use tokio::sync::{mpsc, watch};
 
 use self::{
     context::{Context, Referrers, Resolvers, Settings},
+    echoes::Echoes,
     events::Events,
     lease::{Election, LeaseSettings},
     metrics::Metrics,
     progress::Followers,
     queue::Queue,
-    reconcile::{Guarded, on_error, reconcile},
+    reconcile::{Watched, on_error, reconcile},
     references::ObjectKind,
     releases::Releases,
     retry::Backoff,
@@ -86,8 +89,11 @@ const RELEASE: &str = "nodeimagebuild.dev/release";
 /// Annotation of a Job: what asked for it besides the specification and the annotation, as in the status.
 const TRIGGER: &str = "nodeimagebuild.dev/trigger";
 
-/// Resources reconciled at the same time: enough to start 500 builds in seconds without flooding the API server.
-const CONCURRENCY: u16 = 32;
+/// Resources reconciled at the same time: enough to start 500 builds in seconds without flooding the API server. A pass
+/// mostly waits: a list is up to 100 ms old in the API server's memory, and the answer waits for a newer one.
+const CONCURRENCY: u16 = 128;
+/// Objects of one page of a list. Pages are held in memory while they are read.
+const PAGE: u32 = 100;
 /// Wait before a watch that broke is begun again, the first time and at most. All watches of a controller wait for each
 /// other, and each of them fails twice when an API server is restarted (the connection, then the history that is
 /// forgotten): with kube-runtime's 30 s it would be blind for a minute after that.
@@ -109,7 +115,7 @@ impl BuildRef {
         Self { namespace: meta.namespace.clone().unwrap_or_default(), name: meta.name.clone().unwrap_or_default() }
     }
 
-    fn object(&self) -> ObjectRef<Guarded> {
+    fn object(&self) -> ObjectRef<Watched> {
         ObjectRef::new(&self.name).within(&self.namespace)
     }
 }
@@ -215,7 +221,9 @@ impl Operator {
         let context = Arc::new(Context {
             events: Events::new(client.clone()),
             followers: Followers::new(client.clone(), wake.clone()),
-            releases: Releases::new(settings.lifecycle.release_poll_interval, wake),
+            releases: Releases::new(settings.lifecycle.release_poll_interval, wake.clone()),
+            echoes: Echoes::default(),
+            wake,
             queue,
             metrics: Arc::clone(metrics),
             backoff: Backoff::default(),
@@ -288,11 +296,20 @@ fn controller(
     namespace: Option<&str>,
     context: &Arc<Context>,
     woken: mpsc::UnboundedReceiver<BuildRef>,
-) -> Controller<Guarded> {
-    let of_builds = watcher::Config::default().labels(NAME_LABEL);
+) -> Controller<Watched> {
+    let all = watcher::Config::default().page_size(PAGE);
+    let of_builds = all.clone().labels(NAME_LABEL);
     let progress = stream::unfold(woken, |mut woken| async { woken.recv().await.map(|build| (build.object(), woken)) });
     let (secrets, config_maps) = (Arc::clone(context), Arc::clone(context));
-    Controller::new(scoped::<Guarded>(client, namespace), watcher::Config::default())
+    let (of_build, of_job) = (Arc::clone(context), Arc::clone(context));
+    let (reader, writer) = reflector::store();
+    let builds = reflector(writer, watcher(scoped::<Watched>(client, namespace), all.clone()))
+        .applied_objects()
+        .try_filter(move |build| ready(!of_build.echoes.holds(&BuildRef::of(build), build)));
+    let jobs = watcher(scoped::<PartialObjectMeta<Job>>(client, namespace), of_builds.clone())
+        .touched_objects()
+        .try_filter(move |job| ready(!build_of(job).is_some_and(|build| of_job.echoes.holds(&build, job))));
+    Controller::for_stream(builds, reader)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY))
         .trigger_backoff(watcher::ExponentialBackoff::from(
             ExponentialBuilder::default()
@@ -301,21 +318,26 @@ fn controller(
                 .with_jitter()
                 .without_max_times(),
         ))
-        .owns(scoped::<PartialObjectMeta<Job>>(client, namespace), of_builds.clone())
+        .owns_stream(jobs)
         .watches(scoped::<PartialObjectMeta<Pod>>(client, namespace), of_builds, |pod| {
-            let build = pod.labels().get(NAME_LABEL).map(|name| ObjectRef::new(name));
-            build.map(|build| build.within(&pod.namespace().unwrap_or_default()))
+            build_of(&pod).map(|build| build.object())
         })
-        .watches(scoped::<PartialObjectMeta<Secret>>(client, namespace), watcher::Config::default(), move |secret| {
+        .watches(scoped::<PartialObjectMeta<Secret>>(client, namespace), all.clone(), move |secret| {
             referring(&secrets, ObjectKind::Secret, &secret)
         })
-        .watches(scoped::<PartialObjectMeta<ConfigMap>>(client, namespace), watcher::Config::default(), move |map| {
+        .watches(scoped::<PartialObjectMeta<ConfigMap>>(client, namespace), all, move |map| {
             referring(&config_maps, ObjectKind::ConfigMap, &map)
         })
         .reconcile_on(progress)
 }
 
-fn referring(context: &Context, kind: ObjectKind, object: &impl Resource) -> Vec<ObjectRef<Guarded>> {
+/// The build that an object of ours belongs to by its label.
+fn build_of(object: &impl Resource) -> Option<BuildRef> {
+    let name = object.labels().get(NAME_LABEL)?.clone();
+    Some(BuildRef { namespace: object.namespace().unwrap_or_default(), name })
+}
+
+fn referring(context: &Context, kind: ObjectKind, object: &impl Resource) -> Vec<ObjectRef<Watched>> {
     let BuildRef { namespace, name } = BuildRef::of(object);
     context.referrers.of(kind, &namespace, &name).iter().map(BuildRef::object).collect()
 }

@@ -19,7 +19,7 @@ use kube::{
 use serde::de::DeserializeOwned;
 
 use super::{
-    BuildRef, INPUTS_DIGEST, RELEASE, RUN_DIGEST, SPEC_DIGEST, TRIGGER,
+    BuildRef, INPUTS_DIGEST, PAGE, RELEASE, RUN_DIGEST, SPEC_DIGEST, TRIGGER,
     cleanup::Outside,
     context::Context,
     error::{Error, api_status},
@@ -44,8 +44,6 @@ use crate::{
     release::{ReleaseError, ReleaseQuery},
 };
 
-/// Objects of one page of a list.
-const PAGE: u32 = 500;
 /// Wait before a list that failed is asked for again.
 const LIST_RETRY: Duration = Duration::from_secs(2);
 
@@ -108,7 +106,7 @@ where
 }
 
 /// The objects of a build in the cluster.
-pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Result<Observed, Error> {
+pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: Timestamp) -> Result<Observed, Error> {
     let namespace = build.namespace().unwrap_or_default();
     let name = build.name_any();
     let uid = build.uid().unwrap_or_default();
@@ -124,6 +122,7 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context) -> Re
     for job in &observed_jobs {
         if let JobState::Active { pod: PodState::Absent, .. } = job.state
             && !job.deleting
+            && job.pod_due(now).is_zero()
             && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs).await?
         {
             pod_refusals.insert(job.build_id.clone(), message);

@@ -63,6 +63,14 @@ pub struct ObservedJob {
     pub state: JobState,
 }
 
+impl ObservedJob {
+    /// How long it takes until a pod should be there; none when it is overdue.
+    pub(super) fn pod_due(&self, now: Timestamp) -> Duration {
+        let age = self.created.map_or(POD_EXPECTED, |created| elapsed(created, now));
+        POD_EXPECTED.saturating_sub(age)
+    }
+}
+
 /// Everything that was read.
 #[derive(Clone, Debug)]
 pub struct Observed {
@@ -416,6 +424,25 @@ pub fn plan(observed: &Observed, inputs: &Inputs, admission: Admission, job_ttl:
     plan
 }
 
+/// Whether nothing follows from a plan that only wrote the status: with that status the next one would say the same and do
+/// nothing.
+pub(super) fn is_settled(observed: &Observed, plan: &Plan, job_ttl: Duration, now: Timestamp) -> bool {
+    let Some(status) = &plan.status else { return false };
+    let quiet =
+        |plan: &Plan| Plan { status: plan.status.clone(), follow: plan.follow.clone(), ..Plan::new(plan.requeue) };
+    let told = Plan { notes: vec![], counts: vec![], ..plan.clone() };
+    if told != quiet(plan) {
+        return false;
+    }
+    let mut build = observed.build.as_ref().clone();
+    build.status = Some(status.clone());
+    let after = Observed { build: Arc::new(build), ..observed.clone() };
+    if after.needs_inputs(now) || !retention::surplus(&after.build.spec, status).is_empty() {
+        return false;
+    }
+    self::plan(&after, &Inputs::NotNeeded, Admission::Go, job_ttl, now) == quiet(plan)
+}
+
 /// A finished build whose successor may be due: starts it, or says why not. Gives the build that the status speaks of.
 fn follow_up(
     observed: &Observed,
@@ -626,7 +653,8 @@ fn follow_job(
             let mut verdict = (Phase::Building, Verdict::Reconciling, "Building");
             match pod {
                 PodState::Absent => {
-                    plan.requeue = Requeue::After(NO_POD_RESYNC);
+                    let wait = job.pod_due(now);
+                    plan.requeue = Requeue::After(if wait.is_zero() { NO_POD_RESYNC } else { wait });
                     if let Some(refusal) = observed.pod_refusals.get(&job.build_id) {
                         (verdict, message) = pod_refused(&observed.build, refusal);
                     }
@@ -930,4 +958,79 @@ fn plan_deletion(observed: &Observed, deleted: Timestamp, now: Timestamp) -> Pla
     plan.requeue = Requeue::Never;
     plan.farewell = Some(Farewell { delete, give_up: waited >= FILES_END });
     plan
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    /// A build that has just ended well; `more` is added to the specification.
+    fn ended(more: &serde_json::Value, history: &serde_json::Value) -> Observed {
+        let mut build = json!({
+            "apiVersion": "nodeimagebuild.dev/v1alpha1", "kind": "NodeImageBuild",
+            "metadata": { "name": "golden", "namespace": "images", "generation": 1, "finalizers": [FINALIZER] },
+            "spec": { "os": { "name": "ubuntu", "version": "22.04" }, "releaseChannel": "1-31", "baremetal": {} },
+            "status": { "buildID": "b", "history": history },
+        });
+        build["spec"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let build: NodeImageBuild = serde_json::from_value(build).unwrap();
+        let outcome = json!({
+            "image": {
+                "url": "http://images.example.com/b/x-131.gz", "name": "x-131.gz", "format": "raw.gz", "size": 1,
+                "virtualSize": 2, "sha256": "00",
+            },
+            "verification": "booted", "stageSeconds": {},
+        });
+        let wish = super::super::validate::wish(&build);
+        let job = ObservedJob {
+            build_id: "b".to_owned(),
+            deleting: false,
+            created: Some(Timestamp::UNIX_EPOCH),
+            wish: wish.clone(),
+            inputs_digest: None,
+            trigger: None,
+            release: None,
+            state: JobState::Succeeded {
+                outcome: serde_json::from_value(outcome).unwrap(),
+                completed: Some(Timestamp::UNIX_EPOCH),
+            },
+        };
+        Observed {
+            build: Arc::new(build),
+            wish,
+            jobs: vec![job],
+            secrets: BTreeSet::from(["b".to_owned()]),
+            live_pods: BTreeSet::new(),
+            pod_refusals: BTreeMap::new(),
+            progress: None,
+            manifest_changed: false,
+            outside: Outside::default(),
+            usage: Usage::NotNeeded,
+        }
+    }
+
+    #[rstest]
+    #[case::end_of_a_build(json!({}), json!([]), true)]
+    #[case::an_older_image_may_go(json!({ "retention": { "keep": 1 } }), json!([{ "buildID": "a", "result": "Succeeded" }]), false)]
+    fn it_is_known_whether_anything_follows_from_a_status(
+        #[case] more: serde_json::Value,
+        #[case] history: serde_json::Value,
+        #[case] expected: bool,
+    ) {
+        let (observed, now, ttl) = (ended(&more, &history), Timestamp::UNIX_EPOCH, Duration::from_secs(60));
+        let plan = plan(&observed, &Inputs::NotNeeded, Admission::Go, ttl, now);
+        assert_eq!(plan.status.as_ref().unwrap().phase, Some(Phase::Ready));
+        assert_eq!(is_settled(&observed, &plan, ttl, now), expected);
+    }
+
+    #[test]
+    fn what_is_deleted_is_looked_at_again() {
+        let (observed, now, ttl) = (ended(&json!({}), &json!([])), Timestamp::UNIX_EPOCH, Duration::ZERO);
+        let plan = plan(&observed, &Inputs::NotNeeded, Admission::Go, ttl, now);
+        assert_eq!(plan.delete_jobs.len(), 1, "its time is over");
+        assert!(!is_settled(&observed, &plan, ttl, now));
+    }
 }

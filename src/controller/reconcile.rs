@@ -9,8 +9,8 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
-    Resource, ResourceExt,
-    core::{DeserializeGuard, error_boundary::InvalidObject},
+    Api, Resource, ResourceExt,
+    core::{DeserializeGuard, PartialObjectMeta, error_boundary::InvalidObject},
 };
 use kube_runtime::controller::Action;
 use serde::{Deserialize, Deserializer};
@@ -23,7 +23,7 @@ use super::{
     error::Error,
     events::Note,
     observe::{inputs, observe},
-    plan::{Requeue, plan},
+    plan::{Requeue, is_settled, plan},
 };
 use crate::{api::v1alpha1::NodeImageBuild, contract::shorten, error::Chain};
 
@@ -32,9 +32,59 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// A write lost a race: look again at once, with what the watch has brought by then.
 const CONFLICT: Duration = Duration::from_millis(200);
 
-/// What the controller watches: resources that do not parse must not stop the others. All of them stay in memory, so they
-/// come without the fields that each manager owns, whose maps take more room than the rest together. Who the managers
-/// are stays.
+/// What the controller watches, and keeps in memory of every resource: which one it is, in which version. The rest is read
+/// when a pass begins.
+#[derive(Clone, Debug)]
+pub(super) struct Watched(ObjectMeta);
+
+impl From<ObjectMeta> for Watched {
+    fn from(all: ObjectMeta) -> Self {
+        let ObjectMeta { name, namespace, uid, resource_version, generation, .. } = all;
+        Self(ObjectMeta { name, namespace, uid, resource_version, generation, ..ObjectMeta::default() })
+    }
+}
+
+impl<'de> Deserialize<'de> for Watched {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        PartialObjectMeta::<NodeImageBuild>::deserialize(deserializer).map(|object| object.metadata.into())
+    }
+}
+
+impl Resource for Watched {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        NodeImageBuild::kind(&())
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        NodeImageBuild::group(&())
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        NodeImageBuild::version(&())
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        NodeImageBuild::plural(&())
+    }
+
+    fn metadata_api() -> bool {
+        true
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.0
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.0
+    }
+}
+
+/// A resource that was read: one that does not parse must not stop the others. It comes without the fields that each
+/// manager owns, whose maps take more room than the rest together. Who the managers are stays.
 #[derive(Clone, Debug)]
 pub(super) struct Guarded(pub(super) Result<NodeImageBuild, InvalidObject>);
 
@@ -78,7 +128,7 @@ impl Resource for Guarded {
 }
 
 /// One pass.
-pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Result<Action, Error> {
+pub(super) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, Error> {
     let began = Instant::now();
     let span = tracing::info_span!(
         "reconcile",
@@ -88,13 +138,18 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
         otel.status_code = field::Empty,
         otel.status_description = field::Empty,
     );
-    let uid = object.uid().unwrap_or_default();
-    let result = tokio::time::timeout(LIMIT, pass(&object, &context).instrument(span.clone())).await;
+    let (uid, build) = (object.uid().unwrap_or_default(), BuildRef::of(object.as_ref()));
+    context.echoes.begin(&build);
+    let result = tokio::time::timeout(LIMIT, pass(&build, &context).instrument(span.clone())).await;
     context.metrics.reconciled(began.elapsed());
     let result = result.unwrap_or(Err(Error::Timeout { limit: LIMIT })).inspect_err(|error| {
         span.record("otel.status_code", "ERROR").record("otel.status_description", Chain(error).to_string());
     });
-    match result? {
+    let settled = result.as_ref().is_ok_and(|(_, settled)| *settled);
+    if context.echoes.end(&build, settled) {
+        context.wake(&build);
+    }
+    match result?.0 {
         Requeue::Backoff => Ok(Action::requeue(context.backoff.failed(&uid))),
         Requeue::After(wait) => {
             context.backoff.succeeded(&uid);
@@ -107,10 +162,15 @@ pub(super) async fn reconcile(object: Arc<Guarded>, context: Arc<Context>) -> Re
     }
 }
 
-async fn pass(object: &Guarded, context: &Context) -> Result<Requeue, Error> {
-    let build = match &object.0 {
-        Ok(build) => Arc::new(build.clone()),
-        Err(invalid) => {
+/// When to look again though nothing changed, and whether nothing follows from what was written.
+async fn pass(build: &BuildRef, context: &Context) -> Result<(Requeue, bool), Error> {
+    let api: Api<Guarded> = Api::namespaced(context.client.clone(), &build.namespace);
+    let Some(object) = api.get_opt(&build.name).await.map_err(Error::api("read the resource"))? else {
+        return Ok((Requeue::Never, true));
+    };
+    let build = match object.0 {
+        Ok(build) => Arc::new(build),
+        Err(ref invalid) => {
             // There is no status of this version to write to; the API server keeps such objects out, so this one was
             // stored under other rules.
             let message = format!(
@@ -118,24 +178,26 @@ async fn pass(object: &Guarded, context: &Context) -> Result<Requeue, Error> {
                 shorten(&invalid.error, 700)
             );
             tracing::warn!("{message}");
-            context.events.publish(object, &Note::warning("InvalidResource", "Validate", message)).await;
-            return Ok(Requeue::Never);
+            context.events.publish(&object, &Note::warning("InvalidResource", "Validate", message)).await;
+            return Ok((Requeue::Never, true));
         }
     };
-    let observed = observe(build, context).await?;
     let now = Timestamp::now();
+    let observed = observe(build, context, now).await?;
     let inputs = inputs(&observed, context, now).await?;
     let admission = context.queue.settle(&BuildRef::of(observed.build.as_ref()), &observed.standing(&inputs, now));
     context.metrics.queued(context.queue.waiting());
     let plan = plan(&observed, &inputs, admission, context.settings.lifecycle.finished_job_ttl, now);
     tracing::debug!(?plan, "planned");
     apply(&observed, &plan, context).await?;
-    Ok(plan.requeue)
+    let settled =
+        plan.start.is_some() || is_settled(&observed, &plan, context.settings.lifecycle.finished_job_ttl, now);
+    Ok((plan.requeue, settled))
 }
 
 /// When to try again after an error.
 #[expect(clippy::needless_pass_by_value, reason = "the controller's signature")]
-pub(super) fn on_error(object: Arc<Guarded>, error: &Error, context: Arc<Context>) -> Action {
+pub(super) fn on_error(object: Arc<Watched>, error: &Error, context: Arc<Context>) -> Action {
     context.metrics.reconcile_failed(error.reason());
     let build = BuildRef::of(object.as_ref());
     if error.is_conflict() {

@@ -127,6 +127,15 @@ async fn live_through_everything(harness: &Harness) {
     // A build that is cancelled.
     harness.create("cancelled", json!({})).await;
     let job = harness.job("cancelled").await;
+    // Its pod is late, and the operator asks why.
+    let asks = until(|| async {
+        harness
+            .audit()
+            .iter()
+            .any(|entry| entry["objectRef"]["resource"] == "events" && entry["verb"] == "list")
+            .then_some(())
+    });
+    timeout(SOON, asks).await.expect("nobody asks why there is no pod");
     harness.run_pod(&harness.create_pod(&job, 0).await.unwrap()).await;
     harness.until("cancelled", "building", |s| s.phase == Some(Phase::Building)).await;
     harness.patch("cancelled", json!({ "spec": { "suspend": true } })).await;
