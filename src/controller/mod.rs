@@ -89,9 +89,9 @@ const RELEASE: &str = "nodeimagebuild.dev/release";
 /// Annotation of a Job: what asked for it besides the specification and the annotation, as in the status.
 const TRIGGER: &str = "nodeimagebuild.dev/trigger";
 
-/// Resources reconciled at the same time: enough to start 500 builds in seconds without flooding the API server. A pass
-/// mostly waits: a list is up to 100 ms old in the API server's memory, and the answer waits for a newer one.
-const CONCURRENCY: u16 = 128;
+/// Resources reconciled at the same time: enough to start 500 builds in seconds without flooding the API server. Each has
+/// connections of its own, with their buffers: with 128 at a time they take more memory than all resources.
+const CONCURRENCY: u16 = 32;
 /// Objects of one page of a list. Pages are held in memory while they are read.
 const PAGE: u32 = 100;
 /// Wait before a watch that broke is begun again, the first time and at most. All watches of a controller wait for each
