@@ -36,6 +36,8 @@ pub const TERMINATION_LOG: &str = "/dev/termination-log";
 pub const MAX_REPORT_BYTES: usize = 4096;
 /// The build container's name in its pod.
 pub const BUILD_CONTAINER: &str = "build";
+/// Flag of `run` in a pod that was asked for with a user namespace: without one it is not to build.
+pub const USER_NAMESPACE_FLAG: &str = "--user-namespace";
 /// The version that both sides must share; the pod refuses a document of another one.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

@@ -109,6 +109,11 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
 pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refusal> {
     supported(spec)?;
     placement(spec, &settings.placement)?;
+    if settings.placement.user_namespaces && spec.engine == Engine::ImageBuilder {
+        let instead = "the operator gives build pods a user namespace and no privileges (builds.userNamespaces), and that engine \
+                       needs them; write Native, or have that setting taken away";
+        return Err(Refusal::not_supported("engine: ImageBuilder in a user namespace", instead));
+    }
     let targets = spec.publish_targets()?;
     if targets.iter().any(|target| target.artifact_server.is_some()) && settings.artifact_server.is_none() {
         return Err(Refusal::new(
@@ -130,7 +135,7 @@ fn placement(spec: &NodeImageBuildSpec, allowed: &Placement) -> Result<(), Refus
     };
     if let (false, Some(index)) = (allowed.control_plane, spec.build.tolerations.iter().position(reaches)) {
         return refusal(format!(
-            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods, which are privileged, may not \
+            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods may not \
              run: tolerate the taints of other nodes by their keys, or have the operator installed with \
              builds.allowControlPlane"
         ));
