@@ -12,7 +12,7 @@ import (
 	"github.com/vmware/govmomi/vim25/types"
 )
 
-// handle does what the simulator does not know: machines tell how they have their address, and give their disks away. A clone has the disk of what it was
+// handle is asked before each call, and does what the simulator does not know: machines tell how they have their address, and give their disks away. A clone has the disk of what it was
 // cloned from, because nothing runs in it that could write.
 func (f *front) handle(ctx *simulator.Context, method *simulator.Method) (mo.Reference, types.BaseMethodFault) {
 	switch target := ctx.Map.Get(method.This).(type) {
@@ -25,11 +25,11 @@ func (f *front) handle(ctx *simulator.Context, method *simulator.Method) (mo.Ref
 		case *types.PowerOnVM_Task:
 			ctx.WithLock(target, func() { tellAddress(target) })
 		case *types.ExportVm:
-			return &exporting{target, f}, nil
+			ctx.Session.Registry.Put(&exporting{target, f})
 		}
 	case *simulator.OvfManager:
 		if method.Name == "CreateDescriptor" {
-			return &describing{target}, nil
+			ctx.Session.Registry.Put(&describing{target})
 		}
 	}
 	return nil, nil
@@ -53,7 +53,7 @@ func tellAddress(machine *simulator.VirtualMachine) {
 	}
 }
 
-// exporting is a machine whose disk can be fetched.
+// exporting is a machine whose disk can be fetched. It is what the session sees for this one call.
 type exporting struct {
 	*simulator.VirtualMachine
 	front *front
@@ -61,6 +61,7 @@ type exporting struct {
 
 // ExportVm gives a lease for the disk.
 func (e *exporting) ExportVm(ctx *simulator.Context, _ *types.ExportVm) soap.HasFault {
+	ctx.Session.Registry.Remove(ctx, e.Self)
 	body := new(methods.ExportVmBody)
 	if e.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff {
 		body.Fault_ = simulator.Fault("", &types.InvalidPowerState{ExistingState: e.Runtime.PowerState})
@@ -96,13 +97,14 @@ func (e *exporting) ExportVm(ctx *simulator.Context, _ *types.ExportVm) soap.Has
 	return body
 }
 
-// describing is an OvfManager that describes machines.
+// describing is an OvfManager that describes machines, for one call as well.
 type describing struct {
 	*simulator.OvfManager
 }
 
 // CreateDescriptor describes nothing of the machine: nobody reads it.
-func (d *describing) CreateDescriptor(_ *simulator.Context, _ *types.CreateDescriptor) soap.HasFault {
+func (d *describing) CreateDescriptor(ctx *simulator.Context, _ *types.CreateDescriptor) soap.HasFault {
+	ctx.Session.Registry.Remove(ctx, d.Self)
 	return &methods.CreateDescriptorBody{Res: &types.CreateDescriptorResponse{
 		Returnval: types.OvfCreateDescriptorResult{OvfDescriptor: "<Envelope/>"},
 	}}
