@@ -34,6 +34,8 @@ pub const WORK_DIR: &str = "/work";
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
 /// Kubernetes keeps this much of a termination message.
 pub const MAX_REPORT_BYTES: usize = 4096;
+/// Key of the credentials for vCenter that holds the password of the account `builder` in the template that a build clones.
+pub const SSH_PASSWORD: &str = "sshPassword";
 /// The build container's name in its pod.
 pub const BUILD_CONTAINER: &str = "build";
 /// The version that both sides must share; the pod refuses a document of another one.

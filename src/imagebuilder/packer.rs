@@ -201,8 +201,11 @@ fn milestone(text: &str, tasks: u32) -> Option<(Stage, f64)> {
         ("Provisioning with Goss", Stage::Seal, 0.8),
         ("Gracefully halting", Stage::Assemble, 0.0),
         ("Executing shutdown command", Stage::Assemble, 0.0),
+        ("Shutting down VM", Stage::Assemble, 0.0),
         ("Converting hard drive", Stage::Assemble, 0.4),
-        ("Exporting", Stage::Assemble, 0.2),
+        ("Starting export", Stage::Assemble, 0.2),
+        ("Downloading: ", Stage::Assemble, 0.3),
+        ("Exporting", Stage::Assemble, 0.9),
     ];
     if let Some(task) = task(text) {
         return Some(if task.starts_with("sysprep") {

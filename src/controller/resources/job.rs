@@ -157,6 +157,12 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
     }
 }
 
+/// Whether the build of a Job is one by Packer: only such a Job has this program copied into another image.
+pub fn runs_packer(job: &Job) -> bool {
+    let pod = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+    pod.and_then(|pod| pod.init_containers.as_ref()).is_some_and(|containers| !containers.is_empty())
+}
+
 /// Volumes and where the container finds them.
 #[derive(Default)]
 pub(super) struct Mounts {
