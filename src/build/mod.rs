@@ -47,8 +47,11 @@ use crate::{
     secret::{Credentials, Redactor},
 };
 
-/// Time to remove what Packer has left elsewhere. With what Packer has itself it is less than a pod has to end.
-const CLEAN_UP_TIMEOUT: Duration = Duration::from_secs(45);
+/// Time to remove what Packer has left elsewhere after it failed. With what Packer has itself it is less than a pod has to
+/// end.
+const SHORT_CLEAN_UP: Duration = Duration::from_secs(45);
+/// The same where a disk came of it, which is worth a wait.
+const LONG_CLEAN_UP: Duration = Duration::from_secs(240);
 
 /// What a build runs in.
 #[derive(Debug)]
@@ -95,8 +98,8 @@ enum BuildError {
     Cancelled,
     #[error("{}; and what Packer had made there may be left: {}", Chain(.cause.as_ref()), Chain(.left.as_ref()))]
     LeftBehind { cause: Box<BuildError>, left: Box<BuildError> },
-    #[error("what Packer made was not removed within {} s; delete it there", CLEAN_UP_TIMEOUT.as_secs())]
-    StillCleaning,
+    #[error("what Packer made for the build {build_id} was not removed within {} s; delete it there", .limit.as_secs())]
+    StillCleaning { build_id: String, limit: Duration },
     #[error("nothing was fetched or published where something should have been; this is a defect of image-builder")]
     Inconsistent,
 }
@@ -117,7 +120,7 @@ impl BuildError {
             Self::TrustBundle { .. }
             | Self::Program(_)
             | Self::Cancelled
-            | Self::StillCleaning
+            | Self::StillCleaning { .. }
             | Self::Inconsistent => return None,
         })
     }
@@ -130,7 +133,7 @@ impl Classified for BuildError {
             (Self::TrustBundle { .. }, _) => FailureClass::BadInput,
             (Self::Program(_), _) => FailureClass::Environment,
             (Self::Cancelled, _) => FailureClass::Cancelled,
-            (Self::StillCleaning, _) => FailureClass::Transient,
+            (Self::StillCleaning { .. }, _) => FailureClass::Transient,
             (_, None) => FailureClass::Internal,
         }
     }
@@ -141,7 +144,7 @@ impl Classified for BuildError {
             (Self::TrustBundle { .. }, _) => "InvalidTrustBundle",
             (Self::Program(_), _) => "ToolMissing",
             (Self::Cancelled, _) => "Cancelled",
-            (Self::StillCleaning, _) => "LeftBehind",
+            (Self::StillCleaning { .. }, _) => "LeftBehind",
             (_, None) => "Inconsistent",
         }
     }
@@ -432,11 +435,12 @@ async fn without_leftovers<T>(
     provider: &Provider,
     made: Result<T, BuildError>,
 ) -> Result<T, BuildError> {
-    let cleaned = tokio::time::timeout(CLEAN_UP_TIMEOUT, provider.clean_up(request, false)).await;
+    let limit = if made.is_ok() { LONG_CLEAN_UP } else { SHORT_CLEAN_UP };
+    let cleaned = tokio::time::timeout(limit, provider.clean_up(request, false)).await;
     let left = match cleaned {
         Ok(Ok(())) => return made,
         Ok(Err(error)) => error,
-        Err(_) => BuildError::StillCleaning,
+        Err(_) => BuildError::StillCleaning { build_id: request.identity.build_id.clone(), limit },
     };
     match made {
         Ok(_) => Err(left),

@@ -520,7 +520,8 @@ mod tests {
             packer.arg("validate").current_dir(&copy.dir).env("CHECKPOINT_DISABLE", "1");
             let mut files: Vec<_> =
                 recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
-            for file in generate(&request, settings(&request), &Known::default()).unwrap() {
+            let known = Known { username: "user".into(), password: "password".into(), ..Known::default() };
+            for file in generate(&request, settings(&request), &known).unwrap() {
                 let path = dir.path().join(format!("{}.json", file.name));
                 fs::write(&path, file.vars.to_string()).unwrap();
                 files.push(path);

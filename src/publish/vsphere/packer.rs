@@ -84,3 +84,20 @@ fn media(devices: &Element) -> Vec<String> {
 fn is(error: &VsphereError, kinds: &[&str]) -> bool {
     matches!(error, VsphereError::Fault { kind, .. } if kinds.contains(&kind.as_str()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_media_that_packer_uploaded_are_removed_with_the_machine() {
+        let device =
+            |file: &str| Element::new("VirtualDevice").with(Element::new("backing").with_text("fileName", file));
+        let devices = Element::new("val")
+            .with(Element::new("VirtualDevice").with_text("key", "200"))
+            .with(device("[ds1] packer_cache//packer123.iso"))
+            .with(device("[ds1] iso/packer_cache.iso"))
+            .with(device("[ds1] node-image-build-0123456789/disk-0.vmdk"));
+        assert_eq!(media(&devices), ["[ds1] packer_cache/packer123.iso"]);
+    }
+}
