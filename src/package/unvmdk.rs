@@ -10,7 +10,8 @@ use std::{
 use flate2::read::ZlibDecoder;
 
 pub(super) const MAGIC: [u8; 4] = *b"KDMV";
-const SECTOR: u64 = 512;
+const SECTOR_SIZE: usize = 512;
+const SECTOR: u64 = SECTOR_SIZE as u64;
 /// Flags of the header: grains are compressed, and markers stand before everything.
 const STREAM: u32 = 1 << 16 | 1 << 17;
 /// The place of the directory where only what is behind everything tells it.
@@ -52,7 +53,7 @@ impl Header {
 
 /// Writes the disk that `vmdk` is the stream of to the new file `disk`, which gets holes where the disk has zeros.
 pub(super) fn unpack(mut vmdk: impl Read, disk: &File) -> io::Result<()> {
-    let mut sector = [0; SECTOR as usize];
+    let mut sector = [0; SECTOR_SIZE];
     vmdk.read_exact(&mut sector)?;
     let header = Header::read(&sector)?;
     skip(&mut vmdk, header.overhead - SECTOR)?;
