@@ -203,7 +203,10 @@ impl ImageBuilder<'_> {
     pub async fn make(&self, fetched: &Fetched, machine: &Machine) -> Result<Made, ImageBuilderError> {
         let recipe = self.recipe()?;
         let secrets = SecretDir::mount(self.dir.join("secrets"))?;
-        let known = self.known(fetched, &secrets)?;
+        let mut known = self.known(fetched, &secrets)?;
+        if let (Machine::There(remote), Some((path, _))) = (machine, &mut known.medium) {
+            *path = self.name_medium(Path::new(path), remote)?.display().to_string();
+        }
         let password = self.ssh_password().await?;
         let output = self.output();
         let edits = Edits { recipe: &recipe, settings: self.settings, machine, output: &output };
@@ -248,6 +251,15 @@ impl ImageBuilder<'_> {
             upstream: true,
         };
         Ok(Made { assembled: Assembled::new(disk, crate::native::installed(&listing), expected), took, base_digest })
+    }
+
+    /// Packer uploads a file of this machine under the name that it has here.
+    fn name_medium(&self, medium: &Path, remote: &Remote) -> Result<PathBuf, ImageBuilderError> {
+        let named = self.dir.join(&remote.medium);
+        match fs::hard_link(medium, &named) {
+            Ok(()) => Ok(named),
+            Err(source) => Err(ImageBuilderError::Work { path: named, source }),
+        }
     }
 
     fn output(&self) -> PathBuf {

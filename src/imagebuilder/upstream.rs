@@ -267,6 +267,7 @@ fn edit_remote(keys: &mut Map<String, Value>, remote: &Remote, output: &Path) {
         keys.insert("destroy".to_owned(), json!(true));
     }
     if keys.contains_key("iso_checksum") {
+        // Of a medium that Packer downloads itself.
         let medium = output.with_file_name(&remote.medium);
         keys.insert("iso_target_path".to_owned(), json!(medium));
     }

@@ -28,6 +28,8 @@ use crate::{
 const TEMPLATE: &str = "golden";
 /// Where upstream's recipe looks for them.
 const CNI_PLUGINS: &str = "/plugins/v1.7.1/cni-plugins-linux-amd64-v1.7.1.tar.gz";
+/// No medium, but nothing starts from it either.
+const MEDIUM: &str = "/installer.iso";
 const MACHINE: &str = "node-image-build-0123456789";
 
 /// A gzipped tar archive of one program.
@@ -78,7 +80,12 @@ impl Site {
         put("usr/bin/cloud-init", "#!/bin/sh\n", 0o755);
         put("etc/containerd/config.toml", "version = 2\n", 0o644);
         let guest = Guest::start(&directory.path().join("guest"));
-        let files = [(CNI_PLUGINS, "host-device"), ("/etcdadm.tar.gz", "etcdadm"), ("/etcd.tar.gz", "etcd")];
+        let files = [
+            (CNI_PLUGINS, "host-device"),
+            ("/etcdadm.tar.gz", "etcdadm"),
+            ("/etcd.tar.gz", "etcd"),
+            (MEDIUM, "installer"),
+        ];
         let files = Arc::new(files.map(|(path, name)| (path, archive(name))));
         let mirror = BadServer::start(move |request, _| {
             let found = files.iter().find(|(path, _)| *path == request.target);
@@ -128,8 +135,13 @@ impl Site {
         document
     }
 
-    /// A run of the program.
+    /// A build in a clone of the template.
     fn start(&self) -> Run {
+        self.run(&self.document())
+    }
+
+    /// A run of the program.
+    fn run(&self, document: &Value) -> Run {
         let dir = self.directory.path();
         let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/imagebuilder/upstream");
         let upstream = dir.join("upstream");
@@ -140,7 +152,7 @@ impl Site {
             let text = fs::read_to_string(&vars).unwrap();
             fs::write(vars, text.replace("\"22\"", &format!("\"{}\"", self.guest.port))).unwrap();
         }
-        fs::write(dir.join("build.json"), self.document().to_string()).unwrap();
+        fs::write(dir.join("build.json"), document.to_string()).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_image-builder"))
             .arg("run")
             .arg("--build")
@@ -265,6 +277,30 @@ async fn a_clone_of_a_template_becomes_the_same_kind_of_template_as_by_the_other
         assert_eq!(site.mirror.count(path), 1, "{path}");
     }
     assert!(!site.directory.path().join("work/build").exists());
+}
+
+/// Nothing is installed in the simulator, so the machine never has an address.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_medium_is_in_the_datastore_under_the_builds_name_while_its_machine_is_there() {
+    if !is_root() {
+        return;
+    }
+    let site = Site::new().await;
+    let mut document = site.document();
+    document["engine"] = json!({"imageBuilder": {"timeoutSeconds": 300}});
+    let checksum = json!({"sha256": sha256(&archive("installer"))});
+    document["base"] = json!({"url": site.mirror.url(MEDIUM), "checksum": checksum});
+    let mut run = site.run(&document);
+    run.follow(Some("Waiting for IP"));
+    let medium = format!("packer_cache/{MACHINE}.iso");
+    let log = || fs::read_to_string(site.directory.path().join("log")).unwrap();
+    assert_eq!(site.machines().await, [MACHINE], "{}", log());
+    assert!(site.lab.vcenter.has_file(&medium).await, "{}", log());
+    kill(run.pid(), Signal::SIGTERM).unwrap();
+    let (code, report) = run.end();
+    assert_eq!(code, Some(130), "{report:?}");
+    assert_eq!(site.machines().await, [""; 0]);
+    assert!(!site.lab.vcenter.has_file(&medium).await, "the medium is left");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
