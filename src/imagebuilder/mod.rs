@@ -196,7 +196,12 @@ impl ImageBuilder<'_> {
 
     /// Refuses what this engine does not make, or upstream's directory does not have.
     pub fn check(&self) -> Result<(), ImageBuilderError> {
-        Ok(upstream::check(self.upstream, &self.recipe()?)?)
+        let recipe = self.recipe()?;
+        upstream::check(self.upstream, &recipe)?;
+        if self.request.provider == Provider::Vsphere && self.settings.template.is_none() {
+            upstream::check_firmware(self.upstream, &recipe, self.request.firmware)?;
+        }
+        Ok(())
     }
 
     /// Runs Packer and brings its result to where the other engine puts it.
@@ -211,11 +216,6 @@ impl ImageBuilder<'_> {
         let output = self.output();
         let edits = Edits { recipe: &recipe, settings: self.settings, machine, output: &output };
         let copy = WorkingCopy::make(self.upstream, self.dir.join("upstream"), &password, &edits)?;
-        if let Machine::There(_) = machine
-            && self.settings.template.is_none()
-        {
-            copy.check_firmware(&recipe, self.request.firmware)?;
-        }
         let mut var_files: Vec<_> =
             recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
         for file in varfiles::generate(self.request, self.settings, &known)? {

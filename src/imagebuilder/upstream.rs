@@ -137,6 +137,25 @@ pub(super) fn settle(upstream: &Path, mut recipe: Recipe) -> Recipe {
     recipe
 }
 
+/// Refuses a recipe for vCenter whose machines start in another way than the image will.
+pub(super) fn check_firmware(upstream: &Path, recipe: &Recipe, wanted: Firmware) -> Result<(), UpstreamError> {
+    let read = |file: &str| fs::read_to_string(upstream.join(file)).ok();
+    let value = |file: &String| {
+        let text = read(file).or_else(|| read(&format!("{file}.tmpl")))?;
+        let vars: Value = serde_json::from_str(&text).ok()?;
+        Some(vars.get("firmware")?.as_str()?.to_owned())
+    };
+    let found = recipe.var_files.iter().rev().find_map(value);
+    let name = match wanted {
+        Firmware::Bios => "bios",
+        Firmware::Efi => "efi",
+    };
+    match found {
+        Some(found) if found != name => Err(UpstreamError::Firmware { found }),
+        Some(_) | None => Ok(()),
+    }
+}
+
 impl WorkingCopy {
     /// Copies `upstream` to `dir`, which only this user may read, and makes it ready.
     pub(super) fn make(
@@ -174,20 +193,6 @@ impl WorkingCopy {
         edit(&mut document, edits).ok_or_else(no_builder)?;
         fs::write(&template, document.to_string()).map_err(failed(&template))?;
         Ok(copy)
-    }
-
-    /// Refuses a recipe for vCenter whose machines start in another way than the image will.
-    pub(super) fn check_firmware(&self, recipe: &Recipe, wanted: Firmware) -> Result<(), UpstreamError> {
-        let value = |file: &String| Some(self.vars(file)?.get("firmware")?.as_str()?.to_owned());
-        let found = recipe.var_files.iter().rev().find_map(value);
-        let name = match wanted {
-            Firmware::Bios => "bios",
-            Firmware::Efi => "efi",
-        };
-        match found {
-            Some(found) if found != name => Err(UpstreamError::Firmware { found }),
-            Some(_) | None => Ok(()),
-        }
     }
 
     /// Values of a var-file of upstream's, if it is there and one.
@@ -437,8 +442,7 @@ mod tests {
             let request = in_vcenter(request(OsName::Redhat, "9", firmware), None);
             let recipe = settle(&upstream, Recipe::of(&request, false).unwrap());
             check(&upstream, &recipe).unwrap();
-            let copy = WorkingCopy { dir: upstream.clone() };
-            let refused = copy.check_firmware(&recipe, firmware).err();
+            let refused = check_firmware(&upstream, &recipe, firmware).err();
             assert_eq!(refused.map(|error| error.reason()), reason);
         }
     }
