@@ -7,7 +7,12 @@ mod provider;
 mod sbom;
 mod workspace;
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -41,6 +46,10 @@ use crate::{
     },
     secret::{Credentials, Redactor},
 };
+
+/// This program's own file. Its path would not do: in a pod this process has left the only mount namespace in which the
+/// volume that the file may be on is a part of the tree.
+const PROGRAM: &str = "/proc/self/exe";
 
 /// What a build runs in.
 #[derive(Debug)]
@@ -81,8 +90,6 @@ enum BuildError {
     Nutanix(#[from] NutanixError),
     #[error("can not read the trust bundle {}", .path.display())]
     TrustBundle { path: PathBuf, source: std::io::Error },
-    #[error("can not find this program's own file")]
-    Program(#[source] std::io::Error),
     #[error("the build was cancelled")]
     Cancelled,
     #[error("nothing was fetched or published where something should have been; this is a defect of image-builder")]
@@ -101,7 +108,7 @@ impl BuildError {
             Self::Publish(error) => error,
             Self::Vsphere(error) => error,
             Self::Nutanix(error) => error,
-            Self::TrustBundle { .. } | Self::Program(_) | Self::Cancelled | Self::Inconsistent => return None,
+            Self::TrustBundle { .. } | Self::Cancelled | Self::Inconsistent => return None,
         })
     }
 }
@@ -111,7 +118,6 @@ impl Classified for BuildError {
         match (self, self.inner()) {
             (_, Some(inner)) => inner.class(),
             (Self::TrustBundle { .. }, _) => FailureClass::BadInput,
-            (Self::Program(_), _) => FailureClass::Environment,
             (Self::Cancelled, _) => FailureClass::Cancelled,
             (_, None) => FailureClass::Internal,
         }
@@ -121,7 +127,6 @@ impl Classified for BuildError {
         match (self, self.inner()) {
             (_, Some(inner)) => inner.reason(),
             (Self::TrustBundle { .. }, _) => "InvalidTrustBundle",
-            (Self::Program(_), _) => "ToolMissing",
             (Self::Cancelled, _) => "Cancelled",
             (_, None) => "Inconsistent",
         }
@@ -275,13 +280,13 @@ impl Build<'_> {
         };
 
         let verify = async {
-            let program = std::env::current_exe().map_err(BuildError::Program)?;
+            let program = Path::new(PROGRAM);
             Ok::<_, BuildError>(match (virtualization, request.verify.boot) {
                 (None, _) | (_, BootVerification::Never) => "not booted, because spec.verify.boot is Never".to_owned(),
                 (Some(Virtualization::Software), BootVerification::WhenAccelerated) => {
                     "not booted, because KVM runs no guest on the node".to_owned()
                 }
-                (Some(virtualization), _) => native.verify(&assembled, virtualization, &program).await?.summary(),
+                (Some(virtualization), _) => native.verify(&assembled, virtualization, program).await?.summary(),
             })
         };
         let verification = self.stage(Stage::Verify, verify).await?;
