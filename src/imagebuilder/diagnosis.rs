@@ -173,9 +173,22 @@ fn known(text: &str) -> Option<Diagnosis> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, option, prelude::*};
     use rstest::rstest;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_words_are_judged_and_shown_shortened(
+            errors in vec(".{0,400}", 0..20), task in option::of(".{0,400}"), fatal in option::of(".{0,2000}"),
+            last in vec(".{0,400}", 0..20),
+        ) {
+            let (diagnosis, text) = diagnose(&Said { errors, task, fatal, last });
+            prop_assert!(text.len() <= SHOWN, "{} bytes", text.len());
+            prop_assert!(!diagnosis.advice.is_empty());
+        }
+    }
 
     #[rstest]
     #[case("Timeout waiting for SSH.", "SshTimedOut")]

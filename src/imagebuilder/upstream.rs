@@ -250,12 +250,50 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
 mod tests {
     use std::{env, process::Command};
 
+    use proptest::{
+        collection::{btree_map, vec},
+        prelude::*,
+    };
+
     use super::*;
     use crate::{
         contract::{BuildRequest, Engine, Firmware, Os, OsName},
         imagebuilder::varfiles::{Known, generate},
         native::sample,
     };
+
+    /// JSON of any kind, in words that templates have.
+    fn template() -> impl Strategy<Value = Value> {
+        let words =
+            "builders|provisioners|post-processors|type|name|qemu|ansible|extra_arguments|accelerator|cpu_model|.{0,8}";
+        let leaf = prop_oneof![Just(Value::Null), any::<i32>().prop_map(Value::from), words.prop_map(Value::from)];
+        leaf.prop_recursive(5, 48, 6, move |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..4).prop_map(Value::from),
+                btree_map(words, inner, 0..6).prop_map(|keys| Value::from(serde_json::Map::from_iter(keys))),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_template_is_refused_or_left_with_the_one_builder(foreign in template(), other in template()) {
+            let request = request(OsName::Ubuntu, "22.04", Firmware::Efi);
+            let recipe = Recipe::of(&request, false).unwrap();
+            let edits =
+                Edits { recipe: &recipe, settings: settings(&request), virtualization: Virtualization::Software };
+            let mut usable = if foreign.is_object() { foreign.clone() } else { json!({}) };
+            usable["builders"] = json!([other, {"type": "qemu", "accelerator": "kvm"}]);
+            for (mut template, refusable) in [(foreign, true), (usable, false)] {
+                let edited = edit(&mut template, &edits).is_some();
+                prop_assert!(edited || refusable, "{template}");
+                if edited {
+                    prop_assert_eq!(template["builders"].as_array().unwrap().len(), 1);
+                    prop_assert_eq!(template.get("post-processors"), None);
+                }
+            }
+        }
+    }
 
     fn request(name: OsName, version: &str, firmware: Firmware) -> BuildRequest {
         let mut request = sample::request();
