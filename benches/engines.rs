@@ -55,14 +55,17 @@ fn run(request: &BuildRequest, work: &Path) -> (BuildOutcome, Duration) {
     fs::create_dir(work).unwrap();
     let (document, report) = (work.join("build.json"), work.join("report"));
     fs::write(&document, serde_json::to_vec(request).unwrap()).unwrap();
+    // It is the home of Packer and Ansible, which write there.
+    let upstream = work.join("upstream");
+    let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/imagebuilder/upstream");
+    assert!(Command::new("cp").arg("-r").args([&ours, &upstream]).status().unwrap().success(), "cp {}", ours.display());
     let begin = Instant::now();
     let ended = Command::new(env::var_os("NIB_BINARY").expect("set NIB_BINARY, or run dev/bench-engines"))
         .arg("run")
         .args([Path::new("--build"), &document])
         .args([Path::new("--work-dir"), &work.join("work")])
         .args([Path::new("--report"), &report])
-        .arg("--upstream")
-        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/imagebuilder/upstream"))
+        .args([Path::new("--upstream"), &upstream])
         .status()
         .unwrap();
     let took = begin.elapsed();
