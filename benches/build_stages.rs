@@ -4,57 +4,46 @@
 //!
 //! Needs root and the development cluster's release mirror, served on this machine: see `dev/bench-build`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::print_stdout, reason = "a benchmark")]
+#![allow(unreachable_pub, reason = "nothing outside uses a benchmark")]
+
+mod common;
 
 use std::{
-    env, fs,
+    fs,
     io::Write,
     path::{Path, PathBuf},
     process::Command,
     time::{Duration, Instant},
 };
 
-use axum::{Router, extract::Request, http::StatusCode};
-use futures::StreamExt;
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 use node_image_builder::{
     build::{self, Environment},
-    contract::{
-        Accelerator, Archive, Base, BaseChecksum, BootVerification, BuildIdentity, BuildReport, BuildRequest, Engine,
-        Firmware, Os, OsName, Packages, Provider, Proxy, PublishTarget, ResolvedRelease, VERSION, Verify,
-    },
-    http,
+    contract::{Base, BuildOutcome, BuildReport, BuildRequest, ResolvedRelease},
     progress::{Reporter, Style},
-    release::{ReleaseQuery, Resolver},
     secret::{Credentials, Redactor},
 };
 use tokio_util::sync::CancellationToken;
 
-const DISK_SIZE_MIB: u64 = 6656;
+use common::{Bench, DISK_SIZE_MIB, print_stages};
 
 fn main() {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let mirror = env::var("NIB_BENCH_MIRROR").expect("set NIB_BENCH_MIRROR, or run dev/bench-build");
     unshare(CloneFlags::CLONE_NEWNS).expect("needs root");
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-    let work = tempfile::tempdir_in(env::var_os("NIB_BENCH_DIR").unwrap_or_else(|| "/var/tmp".into())).unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-
-    let uploads = runtime.block_on(serve_uploads());
-    let request = runtime.block_on(request(&mirror, &uploads));
+    let bench = Bench::start("dev/bench-build");
+    let request = bench.request();
     let begin = Instant::now();
-    let seconds = runtime.block_on(native(&request, &work.path().join("native")));
+    let outcome = bench.runtime.block_on(native(&request, &bench.work.path().join("native")));
     let ours = begin.elapsed();
     let begin = Instant::now();
-    let steps = shell(&request, &uploads, &work.path().join("shell"));
+    let steps = shell(&request, &bench.uploads, &bench.work.path().join("shell"));
     let theirs = begin.elapsed();
 
-    println!("\nNative, seconds a stage:");
-    for (stage, seconds) in seconds {
-        println!("  {stage:<10} {seconds:>7.1}");
-    }
+    println!("\n{}; {} bytes", outcome.verification, outcome.image.size);
+    print_stages("Native", &outcome.stage_seconds);
     println!("shell, seconds a step:");
     for (step, time) in steps {
         println!("  {step:<10} {:>7.1}", time.as_secs_f64());
@@ -63,50 +52,7 @@ fn main() {
     println!("Native takes {:.2} times as long as the shell", ours.as_secs_f64() / theirs.as_secs_f64());
 }
 
-/// A server that takes `PUT` and keeps nothing.
-async fn serve_uploads() -> String {
-    let router = Router::new().fallback(|request: Request| async move {
-        let mut body = request.into_body().into_data_stream();
-        while body.next().await.is_some() {}
-        StatusCode::CREATED
-    });
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
-    url
-}
-
-async fn request(mirror: &str, uploads: &str) -> BuildRequest {
-    let client = http::client(&Proxy::default(), None).unwrap();
-    let query = ReleaseQuery {
-        manifest_url: format!("{mirror}/releases/eks-a/manifest.yaml"),
-        ..ReleaseQuery::new(env::var("NIB_BENCH_CHANNEL").unwrap_or_else(|_| "1-34".into()))
-    };
-    BuildRequest {
-        version: VERSION.into(),
-        identity: BuildIdentity { namespace: "bench".into(), name: "bench".into(), build_id: "0123456789".into() },
-        os: Os { name: OsName::Debian, version: "12".into() },
-        provider: Provider::Baremetal,
-        firmware: Firmware::Efi,
-        release: Resolver::new(client).resolve(&query).await.unwrap(),
-        engine: Engine::Native,
-        base: Base::Archive(Archive {
-            url: format!("{mirror}/base/debian-12-rootfs.tar.zst").parse().unwrap(),
-            checksum: BaseChecksum::Sha256Sums(format!("{mirror}/base/SHA256SUMS").parse().unwrap()),
-        }),
-        disk_size_mib: DISK_SIZE_MIB,
-        packages: Packages::default(),
-        subscription: None,
-        files: vec![],
-        proxy: Proxy::default(),
-        trust_bundle: None,
-        verify: Verify { boot: BootVerification::Never, accelerator: Accelerator::Any, timeout_seconds: 1800 },
-        provider_target: None,
-        publish: vec![PublishTarget::Http { url: uploads.parse().unwrap(), public_url: None, slot: None }],
-    }
-}
-
-async fn native(request: &BuildRequest, work: &Path) -> Vec<(String, f64)> {
+async fn native(request: &BuildRequest, work: &Path) -> BuildOutcome {
     let environment = Environment {
         work_dir: work.to_owned(),
         reporter: Reporter::new(Style::Plain, Box::new(std::io::stdout())),
@@ -117,10 +63,7 @@ async fn native(request: &BuildRequest, work: &Path) -> Vec<(String, f64)> {
         cancel: CancellationToken::new(),
     };
     match build::run(request, environment).await {
-        BuildReport::Succeeded(outcome) => {
-            println!("{}; {} bytes", outcome.verification, outcome.image.size);
-            outcome.stage_seconds.into_iter().map(|(stage, seconds)| (stage.to_string(), seconds)).collect()
-        }
+        BuildReport::Succeeded(outcome) => *outcome,
         BuildReport::Failed(failure) => panic!("{failure:?}"),
     }
 }

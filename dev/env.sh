@@ -42,6 +42,8 @@ NIB_COREDNS_IMAGE=localhost/node-image-builder/coredns:$COREDNS_VERSION
 
 NIB_OPERATOR_IMAGE=localhost/node-image-builder/operator:dev
 NIB_BUILDER_IMAGE=localhost/node-image-builder/builder:dev
+# Stands in for the image of kubernetes-sigs/image-builder, see dev/images/upstream.
+NIB_UPSTREAM_IMAGE=localhost/node-image-builder/upstream:dev
 
 export KUBECONFIG=${NIB_KUBECONFIG:-$NIB_STATE/kubeconfig}
 export PATH=$NIB_ASSETS:$NIB_CACHE/bin:$PATH

@@ -1,6 +1,12 @@
 # shellcheck shell=bash disable=SC2034
 # Sourced after env.sh and lib.sh by the scripts that handle the cluster's namespaces.
 
+# The node runs the containerd and the runc that the images of the mirror's releases have (dev/mirror/programs). Its content is
+# its version's own: an older one does not read what a newer one wrote.
+source "$NIB_ROOT/dev/mirror/release.env"
+NIB_RUNTIME_PATH=$NIB_PROGRAMS/containerd:$NIB_PROGRAMS/runc
+NIB_CONTAINERD_ROOT=containerd-$CONTAINERD_VERSION
+
 # The kernel settings that the cluster changes for the whole machine.
 host_settings=(
 	kernel.keys.root_maxbytes kernel.keys.root_maxkeys kernel.panic kernel.panic_on_oops

@@ -42,7 +42,9 @@ type front struct {
 	pace     int64
 	away     int
 	imports  int
-	tokens   map[string]bool // REST sessions that were seen; false once they are expired
+	tokens   map[string]bool   // REST sessions that were seen; false once they are expired
+	clones   map[string]string // machines that were cloned, by the name of the clone
+	exports  map[string]string // files that leases give away
 }
 
 // lease is an import that is not complete.
@@ -58,6 +60,7 @@ func newFront(service *simulator.Service, address *url.URL, inner http.Handler) 
 	return &front{
 		service: service, url: address, inner: inner,
 		calls: map[string]int{}, leases: map[string]*lease{}, tokens: map[string]bool{},
+		clones: map[string]string{}, exports: map[string]string{},
 	}
 }
 
@@ -202,7 +205,7 @@ func (f *front) soap(w http.ResponseWriter, r *http.Request) {
 	answer := recorder.Body.Bytes()
 	if machine := submatch(entity, answer); machine != "" && limit.Match(answer) {
 		// In the URL the brackets of a lease's name are escaped.
-		if id, err := url.PathUnescape(submatch(leaseURL, answer)); err == nil {
+		if id, err := url.PathUnescape(submatch(leaseURL, answer)); err == nil && f.export(id) == "" {
 			f.hold(id, machine)
 		}
 		answer = limit.ReplaceAll(answer, []byte(fmt.Sprintf("<leaseTimeout>%d<", *leaseTimeout)))
@@ -284,10 +287,21 @@ func (f *front) undo(held *lease) {
 	})
 }
 
+// export is the file that a lease gives away.
+func (f *front) export(id string) string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.exports[id]
+}
+
 // upload keeps the disk, which the simulator only counts.
 func (f *front) upload(w http.ResponseWriter, r *http.Request) {
 	parts := strings.Split(r.URL.Path, "/")
 	id, name := parts[len(parts)-2], parts[len(parts)-1]
+	if file := f.export(id); file != "" && r.Method == http.MethodGet {
+		http.ServeFile(w, r, file)
+		return
+	}
 	f.mu.Lock()
 	held, pace := f.leases[id], f.pace
 	cut := int64(-1)

@@ -1,5 +1,5 @@
 // Command vcsim is a vCenter for tests: govmomi's simulator, with what the real one is stricter about (leases that time
-// out, uploads that are kept, privileges that are refused) and faults on request. It prints its URL and serves until its
+// out, uploads that are kept, privileges that are refused), machines that give their disks away, and faults on request. It prints its URL and serves until its
 // standard input ends.
 //
 //	GET  /vcsim/inventory  everything that is there, read by govmomi's own client
@@ -79,6 +79,7 @@ func run() error {
 	server := service.NewServer()
 	front := newFront(service, server.URL, server.Config.Handler)
 	server.Config.Handler = front
+	registry.Handler = front.handle
 	if err := front.addFolders(); err != nil {
 		return err
 	}

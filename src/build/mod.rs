@@ -7,7 +7,12 @@ mod provider;
 mod sbom;
 mod workspace;
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Instant};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
@@ -26,7 +31,7 @@ use crate::{
     error::Chain,
     fetch::{FetchError, Fetcher},
     http::{self, HttpError},
-    imagebuilder::{self, ImageBuilder, ImageBuilderError},
+    imagebuilder::{self, ImageBuilder, ImageBuilderError, Machine},
     native::{
         self, Assembled, Fetched, Native, NativeError,
         accelerator::{self, AcceleratorError, Virtualization},
@@ -41,6 +46,15 @@ use crate::{
     },
     secret::{Credentials, Redactor},
 };
+
+/// Time to remove what Packer has left elsewhere after it failed. With what Packer has itself it is less than a pod has to
+/// end.
+const SHORT_CLEAN_UP: Duration = Duration::from_secs(45);
+/// The same where a disk came of it, which is worth a wait.
+const LONG_CLEAN_UP: Duration = Duration::from_secs(240);
+/// This program's own file. Its path would not do: in a pod this process has left the only mount namespace in which the
+/// volume that the file may be on is a part of the tree.
+const PROGRAM: &str = "/proc/self/exe";
 
 /// What a build runs in.
 #[derive(Debug)]
@@ -81,10 +95,12 @@ enum BuildError {
     Nutanix(#[from] NutanixError),
     #[error("can not read the trust bundle {}", .path.display())]
     TrustBundle { path: PathBuf, source: std::io::Error },
-    #[error("can not find this program's own file")]
-    Program(#[source] std::io::Error),
     #[error("the build was cancelled")]
     Cancelled,
+    #[error("{}; and what Packer had made there may be left: {}", Chain(.cause.as_ref()), Chain(.left.as_ref()))]
+    LeftBehind { cause: Box<BuildError>, left: Box<BuildError> },
+    #[error("what Packer made for the build {build_id} was not removed within {} s; delete it there", .limit.as_secs())]
+    StillCleaning { build_id: String, limit: Duration },
     #[error("nothing was fetched or published where something should have been; this is a defect of image-builder")]
     Inconsistent,
 }
@@ -101,7 +117,10 @@ impl BuildError {
             Self::Publish(error) => error,
             Self::Vsphere(error) => error,
             Self::Nutanix(error) => error,
-            Self::TrustBundle { .. } | Self::Program(_) | Self::Cancelled | Self::Inconsistent => return None,
+            Self::LeftBehind { cause, .. } => cause.as_ref(),
+            Self::TrustBundle { .. } | Self::Cancelled | Self::StillCleaning { .. } | Self::Inconsistent => {
+                return None;
+            }
         })
     }
 }
@@ -111,8 +130,8 @@ impl Classified for BuildError {
         match (self, self.inner()) {
             (_, Some(inner)) => inner.class(),
             (Self::TrustBundle { .. }, _) => FailureClass::BadInput,
-            (Self::Program(_), _) => FailureClass::Environment,
             (Self::Cancelled, _) => FailureClass::Cancelled,
+            (Self::StillCleaning { .. }, _) => FailureClass::Transient,
             (_, None) => FailureClass::Internal,
         }
     }
@@ -121,8 +140,8 @@ impl Classified for BuildError {
         match (self, self.inner()) {
             (_, Some(inner)) => inner.reason(),
             (Self::TrustBundle { .. }, _) => "InvalidTrustBundle",
-            (Self::Program(_), _) => "ToolMissing",
             (Self::Cancelled, _) => "Cancelled",
+            (Self::StillCleaning { .. }, _) => "LeftBehind",
             (_, None) => "Inconsistent",
         }
     }
@@ -139,7 +158,13 @@ pub async fn run(request: &BuildRequest, environment: Environment) -> BuildRepor
         Ok(outcome) => BuildReport::Succeeded(Box::new(outcome)),
         Err(error) => {
             // Whatever failed because it was stopped, it was stopped.
-            let error = if build.environment.cancel.is_cancelled() { BuildError::Cancelled } else { error };
+            let error = match error {
+                error if !build.environment.cancel.is_cancelled() => error,
+                BuildError::LeftBehind { left, .. } => {
+                    BuildError::LeftBehind { cause: Box::new(BuildError::Cancelled), left }
+                }
+                _ => BuildError::Cancelled,
+            };
             BuildReport::Failed(FailureReport {
                 stage: build.stage,
                 class: error.class(),
@@ -254,34 +279,40 @@ impl Build<'_> {
             if let Some(provider) = provider.as_ref().filter(|_| import) {
                 provider.preflight(request).await?;
             }
+            let builds_here = image_builder.is_some() && provider.is_none();
             let virtualization = match request.verify.boot {
-                // The other engine builds in a machine.
-                BootVerification::Never if image_builder.is_none() => None,
+                BootVerification::Never if !builds_here => None,
                 BootVerification::Never | BootVerification::Required | BootVerification::WhenAccelerated => {
                     Some(accelerator::probe(request.verify.accelerator, workspace.dir(), &runner).await?)
                 }
             };
-            Ok::<_, BuildError>((client, uploads, provider, virtualization))
+            let machine = match (&image_builder, &provider, virtualization) {
+                (None, _, _) => None,
+                (Some(_), Some(provider), _) => Some(Machine::There(provider.remote(request).await?)),
+                (Some(_), None, Some(virtualization)) => Some(Machine::Here(virtualization)),
+                (Some(_), None, None) => return Err(BuildError::Inconsistent),
+            };
+            Ok::<_, BuildError>((client, uploads, provider, virtualization, machine))
         };
-        let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
+        let (client, uploads, provider, virtualization, machine) = self.stage(Stage::Prepare, prepare).await?;
 
         let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
         let (assembled, base_url, base_digest) = match &image_builder {
             None => Box::pin(self.assemble(&native, &fetcher, provider.as_ref(), &reporter, workspace)).await?,
             Some(image_builder) => {
-                let virtualization = virtualization.ok_or(BuildError::Inconsistent)?;
-                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, virtualization)).await?
+                let machine = machine.ok_or(BuildError::Inconsistent)?;
+                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, &machine, provider.as_ref())).await?
             }
         };
 
         let verify = async {
-            let program = std::env::current_exe().map_err(BuildError::Program)?;
+            let program = Path::new(PROGRAM);
             Ok::<_, BuildError>(match (virtualization, request.verify.boot) {
                 (None, _) | (_, BootVerification::Never) => "not booted, because spec.verify.boot is Never".to_owned(),
                 (Some(Virtualization::Software), BootVerification::WhenAccelerated) => {
                     "not booted, because KVM runs no guest on the node".to_owned()
                 }
-                (Some(virtualization), _) => native.verify(&assembled, virtualization, &program).await?.summary(),
+                (Some(virtualization), _) => native.verify(&assembled, virtualization, program).await?.summary(),
             })
         };
         let verification = self.stage(Stage::Verify, verify).await?;
@@ -355,7 +386,8 @@ impl Build<'_> {
         engine: &ImageBuilder<'_>,
         fetcher: &Fetcher,
         reporter: &Reporter,
-        virtualization: Virtualization,
+        machine: &Machine,
+        provider: Option<&Provider>,
     ) -> Result<MadeDisk, BuildError> {
         let request = self.request;
         let fetch = async {
@@ -371,12 +403,17 @@ impl Build<'_> {
             Ok::<_, BuildError>(imagebuilder::Fetched { medium, cni_plugins })
         };
         let fetched = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
-        let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, virtualization))).await;
+        let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, machine))).await;
         let made = made.inspect_err(|error| {
             if let BuildError::ImageBuilder(error) = error {
                 self.stage = error.stage().unwrap_or(self.stage);
             }
-        })?;
+        });
+        // However Packer ended: the machine is of no use any more, and may have been left.
+        let made = match provider {
+            Some(provider) => without_leftovers(request, provider, made).await?,
+            None => made?,
+        };
         self.stage_seconds.remove(&Stage::Install);
         for (stage, took) in made.took {
             *self.stage_seconds.entry(stage).or_default() += (took.as_secs_f64() * 10.0).round() / 10.0;
@@ -386,6 +423,25 @@ impl Build<'_> {
             Base::Recipe | Base::PrismImage(_) => None,
         };
         Ok((made.assembled, url, made.base_digest))
+    }
+}
+
+/// What Packer made, once nothing else of it is at the provider. What can not be removed is told.
+async fn without_leftovers<T>(
+    request: &BuildRequest,
+    provider: &Provider,
+    made: Result<T, BuildError>,
+) -> Result<T, BuildError> {
+    let limit = if made.is_ok() { LONG_CLEAN_UP } else { SHORT_CLEAN_UP };
+    let cleaned = tokio::time::timeout(limit, provider.clean_up(request, false)).await;
+    let left = match cleaned {
+        Ok(Ok(())) => return made,
+        Ok(Err(error)) => error,
+        Err(_) => BuildError::StillCleaning { build_id: request.identity.build_id.clone(), limit },
+    };
+    match made {
+        Ok(_) => Err(left),
+        Err(cause) => Err(BuildError::LeftBehind { cause: Box::new(cause), left: Box::new(left) }),
     }
 }
 

@@ -8,11 +8,12 @@ use tokio_util::sync::CancellationToken;
 use super::BuildError;
 use crate::{
     contract::{BuildRequest, PrismSource, ProviderTarget, Stage, VsphereImage},
+    imagebuilder::Remote,
     package::{Format, ImageSource, Machine, Summary},
     progress::Reporter,
     publish::{
         nutanix::{Nutanix, SourceDisk},
-        vsphere::Vsphere,
+        vsphere::{Vsphere, packer},
     },
     secret::Credentials,
 };
@@ -77,6 +78,18 @@ impl Provider {
         match self {
             Self::Nutanix(nutanix) => Ok(Box::pin(nutanix.fetch_source(source, disk)).await?),
             Self::Vsphere(_) => Err(BuildError::Inconsistent),
+        }
+    }
+
+    /// What Packer is told where it makes its machine at the provider.
+    pub(super) async fn remote(&self, request: &BuildRequest) -> Result<Remote, BuildError> {
+        match self {
+            Self::Vsphere(vsphere) => Ok(Remote {
+                machine: packer::machine_name(&request.identity.build_id),
+                medium: packer::medium_name(&request.identity.build_id),
+                place: Box::pin(vsphere.packer_place()).await?,
+            }),
+            Self::Nutanix(_) => Err(BuildError::Inconsistent),
         }
     }
 

@@ -60,8 +60,8 @@ ubuntu-2204-kube-1-31.gz, with a .sha256 file beside it. vCenter is asked only f
 \"image_export\": \"true\".
 
 User names and passwords may stand in the settings, in --credentials-file, or in the environment: EKSA_VSPHERE_USERNAME,
-EKSA_VSPHERE_PASSWORD, EKSA_NUTANIX_USERNAME, EKSA_NUTANIX_PASSWORD, RHSM_USERNAME, RHSM_PASSWORD, RHSM_ACTIVATION_KEY,
-RHSM_ORG_ID.
+EKSA_VSPHERE_PASSWORD, SSH_PASSWORD, EKSA_NUTANIX_USERNAME, EKSA_NUTANIX_PASSWORD, RHSM_USERNAME, RHSM_PASSWORD,
+RHSM_ACTIVATION_KEY, RHSM_ORG_ID.
 
 Exit codes: 0 the image is there; 2 the flags are no flags; 65 flags, settings or credentials are wrong; 69 this machine
 lacks something; 70 a defect; 75 try again; 130 stopped.";

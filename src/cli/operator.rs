@@ -73,7 +73,7 @@ struct PlacementArgs {
         value_parser = label
     )]
     node_selector: Vec<(String, String)>,
-    /// Let resources tolerate the taint of control plane nodes. Build pods are privileged: who may write a `NodeImageBuild`
+    /// Let resources tolerate the taint of control plane nodes. Where build pods are privileged, who may write a `NodeImageBuild`
     /// can then become root there.
     #[arg(long, env = "IMAGE_BUILDER_ALLOW_CONTROL_PLANE")]
     allow_control_plane: bool,
@@ -81,6 +81,10 @@ struct PlacementArgs {
     /// demands KVM ask for one, so that they wait for such a node rather than fail on another.
     #[arg(long, env = "IMAGE_BUILDER_KVM_RESOURCE", value_name = "NAME")]
     kvm_resource: Option<String>,
+    /// Give build pods a user namespace of their own instead of privileges. The nodes need Kubernetes 1.33, containerd 2.0,
+    /// runc 1.2 and Linux 6.3, or later ones.
+    #[arg(long = "builder-user-namespaces", env = "IMAGE_BUILDER_BUILDER_USER_NAMESPACES")]
+    user_namespaces: bool,
 }
 
 fn label(text: &str) -> Result<(String, String), String> {
@@ -189,7 +193,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
         image_builder_image,
         release_manifest_url,
         builder_service_account,
-        placement: PlacementArgs { node_selector, allow_control_plane, kvm_resource },
+        placement: PlacementArgs { node_selector, allow_control_plane, kvm_resource, user_namespaces },
         artifact_server,
         lifecycle,
         lease_namespace,
@@ -214,6 +218,7 @@ async fn serve(args: OperatorArgs) -> anyhow::Result<()> {
             node_selector: node_selector.into_iter().collect(),
             control_plane: allow_control_plane,
             kvm_resource,
+            user_namespaces,
         },
     };
     let mut config = cluster().await?;

@@ -14,6 +14,7 @@ use nix::{
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
+use super::user_namespace;
 use crate::{
     build::{self, Environment},
     contract::{self, BuildReport, BuildRequest, FailureClass, FailureReport, Stage},
@@ -37,6 +38,9 @@ pub(super) struct RunArgs {
     /// Directory of kubernetes-sigs/image-builder, for builds of the engine `ImageBuilder`.
     #[arg(long, value_name = "DIR", default_value = imagebuilder::UPSTREAM_DIR)]
     upstream: PathBuf,
+    /// Refuse to build outside of a user namespace. Older clusters take the wish for one and do not fulfil it.
+    #[arg(long)]
+    user_namespace: bool,
 }
 
 pub(super) fn run(args: &RunArgs) -> ExitCode {
@@ -60,11 +64,23 @@ pub(super) fn run(args: &RunArgs) -> ExitCode {
 /// Reads the document and enters a mount namespace, while there is only one thread.
 fn prepare(args: &RunArgs) -> Result<BuildRequest, FailureReport> {
     let request = read_request(&args.build)?;
+    if args.user_namespace && !user_namespace::is_one() {
+        return Err(failure(
+            FailureClass::Environment,
+            "UserNamespaceMissing",
+            "the cluster did not give the build pod the user namespace that it was asked for, so its root is the node's: have \
+             Kubernetes 1.33 or newer with the feature gate UserNamespacesSupport on, or the operator installed without \
+             builds.userNamespaces"
+                .to_owned(),
+        ));
+    }
     enter_mount_namespace().map_err(|error| {
         failure(
             FailureClass::Environment,
             "MountNamespaceRefused",
-            format!("can not make a mount namespace ({error}); the build pod must run privileged"),
+            format!(
+                "can not make a mount namespace ({error}); the build pod must run privileged, or in a user namespace"
+            ),
         )
     })?;
     Ok(request)
@@ -150,6 +166,19 @@ pub(super) async fn cancel_on_signal(cancel: CancellationToken) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_flag_is_the_one_that_jobs_have() {
+        use clap::Parser as _;
+
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            run: RunArgs,
+        }
+        assert!(Line::parse_from(["run", contract::USER_NAMESPACE_FLAG]).run.user_namespace);
+        assert!(!Line::parse_from(["run"]).run.user_namespace);
+    }
 
     #[test]
     fn refuses_a_document_of_another_version_and_says_what_to_do() {

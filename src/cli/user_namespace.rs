@@ -117,6 +117,16 @@ fn namespace_can_be_made() -> bool {
     probe.status().is_ok_and(|status| status.success())
 }
 
+/// Whether this process is in a user namespace other than the machine's first one.
+pub(super) fn is_one() -> bool {
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !is_of_the_machine(&map))
+}
+
+/// Whether the ids of a namespace (`uid_map` in `user_namespaces(7)`) are the machine's: all of them, each as itself.
+fn is_of_the_machine(map: &str) -> bool {
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
 /// Makes this process root of a new user namespace. It must have one thread only.
 pub(super) fn enter(ids: SubordinateIds) -> io::Result<()> {
     let numbers = [getpid().as_raw().unsigned_abs(), geteuid().as_raw(), ids.uid, IDS, getegid().as_raw(), ids.gid];
@@ -153,6 +163,14 @@ mod tests {
     #[case::damaged("me:x:65536\nme\nme:1\n", None)]
     fn subordinate_ids_are_those_of_a_whole_system(#[case] text: &str, #[case] first: Option<u32>) {
         assert_eq!(subordinate(text, "me", Uid::from_raw(1000)), first);
+    }
+
+    #[rstest]
+    #[case::machine("         0          0 4294967295\n", true)]
+    #[case::pod("         0  131072  65536\n", false)]
+    #[case::two_ranges("0 1000 1\n1 100000 65535\n", false)]
+    fn the_machines_ids_are_told_from_a_namespaces(#[case] map: &str, #[case] machines: bool) {
+        assert_eq!(is_of_the_machine(map), machines);
     }
 
     #[test]

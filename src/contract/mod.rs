@@ -34,8 +34,12 @@ pub const WORK_DIR: &str = "/work";
 pub const TERMINATION_LOG: &str = "/dev/termination-log";
 /// Kubernetes keeps this much of a termination message.
 pub const MAX_REPORT_BYTES: usize = 4096;
+/// Key of the credentials for vCenter that holds the password of the account `builder` in the template that a build clones.
+pub const SSH_PASSWORD: &str = "sshPassword";
 /// The build container's name in its pod.
 pub const BUILD_CONTAINER: &str = "build";
+/// Flag of `run` in a pod that was asked for with a user namespace: without one it is not to build.
+pub const USER_NAMESPACE_FLAG: &str = "--user-namespace";
 /// The version that both sides must share; the pod refuses a document of another one.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 

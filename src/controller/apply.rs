@@ -207,6 +207,7 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
             limits: (!spec.resources.limits.is_empty()).then(|| spec.resources.limits.clone()),
             claims: None,
         },
+        user_namespace: context.settings.placement.user_namespaces,
         device: match prepared.request.verify.accelerator {
             Accelerator::Kvm => context.settings.placement.kvm_resource.as_deref(),
             Accelerator::Any => None,

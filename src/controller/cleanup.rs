@@ -148,7 +148,7 @@ impl Outside {
     }
 }
 
-/// Whether the build's only attempt says that it ended in an earlier stage. Attempts that are gone say nothing.
+/// Whether the build's only attempt says that it ended in a stage before it put anything anywhere. Attempts that are gone say nothing.
 fn ended_before_publishing(job: &Job, pods: &[Pod]) -> bool {
     let status = job.status.clone().unwrap_or_default();
     let failed = status.conditions.iter().flatten().any(|one| one.type_ == "Failed" && one.status == "True");
@@ -156,9 +156,11 @@ fn ended_before_publishing(job: &Job, pods: &[Pod]) -> bool {
     let mut own = pods.iter().filter(|pod| pod.owner_references().iter().any(|owner| Some(&owner.uid) == uid.as_ref()));
     let (Some(pod), None) = (own.next(), own.next()) else { return false };
     let report = job_state::report(pod);
+    // Packer works at the provider from the beginning.
+    let first = if resources::job::runs_packer(job) { Stage::Fetch } else { Stage::Publish };
     failed
         && status.failed.unwrap_or_default() <= 1
-        && matches!(report, Some(BuildReport::Failed(report)) if report.stage < Stage::Publish)
+        && matches!(report, Some(BuildReport::Failed(report)) if report.stage < first)
 }
 
 fn state(job: &Job, pods: &[Pod]) -> CleanUp {
@@ -349,5 +351,40 @@ fn judge(
     );
     if raise(before, status, (CLEAN_UP_FAILED, "CleanUpFailed"), &message, now) {
         plan.notes.push(Note::warning("CleanUpFailed", "CleanUp", message));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    #[rstest]
+    #[case::by_the_other_engine(json!([]), "Install", true)]
+    #[case::by_packer(json!([{"name": "copy-program"}]), "Install", false)]
+    #[case::by_packer_before_it_began(json!([{"name": "copy-program"}]), "Prepare", true)]
+    fn a_build_that_ended_before_it_put_anything_anywhere_needs_no_clean_up(
+        #[case] init_containers: serde_json::Value,
+        #[case] stage: &str,
+        #[case] expected: bool,
+    ) {
+        let job: Job = serde_json::from_value(json!({
+            "metadata": {"name": "job", "uid": "uid"},
+            "spec": {"template": {"spec": {"initContainers": init_containers, "containers": [{"name": "build"}]}}},
+            "status": {"failed": 1, "conditions": [{"type": "Failed", "status": "True"}]},
+        }))
+        .unwrap();
+        let failed = json!({"failed": {"stage": stage, "class": "Transient", "reason": "NoAddress", "message": ""}});
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"ownerReferences": [{"apiVersion": "batch/v1", "kind": "Job", "name": "job", "uid": "uid"}]},
+            "status": {"phase": "Failed", "containerStatuses": [{
+                "name": "build", "image": "i", "imageID": "", "ready": false, "restartCount": 0,
+                "state": {"terminated": {"exitCode": 75, "message": failed.to_string()}},
+            }]},
+        }))
+        .unwrap();
+        assert_eq!(ended_before_publishing(&job, &[pod]), expected);
     }
 }

@@ -49,7 +49,8 @@ pub struct Settings {
     pub placement: Placement,
 }
 
-/// Which nodes build pods may run on. They are privileged: whoever chooses the node, and what runs in the pod, has the node.
+/// Which nodes build pods may run on, and as what. Where they are privileged, whoever chooses the node, and what runs in the
+/// pod, has the node.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Placement {
     /// Labels that the node must have, whatever the resource says.
@@ -58,6 +59,8 @@ pub struct Placement {
     pub control_plane: bool,
     /// Resource of nodes with KVM, which builds that need it ask for, so that they come to such a node.
     pub kvm_resource: Option<String>,
+    /// Whether build pods are root of a user namespace of their own, and not privileged.
+    pub user_namespaces: bool,
 }
 
 /// How long finished builds are kept, how often releases are looked for, how many builds run.

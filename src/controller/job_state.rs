@@ -28,8 +28,9 @@ pub enum JobState {
 pub enum PodState {
     /// No pod yet, or only pods of attempts that ended.
     Absent,
-    /// It does not run yet; `blocker` says why, where Kubernetes does.
-    Pending { pod: String, since: Option<Timestamp>, blocker: Option<Blocker> },
+    /// It does not run yet; `blocker` says why, where Kubernetes does. That there is no user namespace for it only an event
+    /// says.
+    Pending { pod: String, since: Option<Timestamp>, blocker: Option<Blocker>, user_namespace: bool },
     /// The build container runs. It may hang all the same.
     Running { pod: String },
 }
@@ -178,7 +179,24 @@ fn pod_state(pod: &Pod) -> PodState {
             ),
         })
     });
-    PodState::Pending { pod: name(pod), since: pod.metadata.creation_timestamp.as_ref().map(|time| time.0), blocker }
+    PodState::Pending {
+        pod: name(pod),
+        since: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+        blocker,
+        user_namespace: pod.spec.as_ref().is_some_and(|spec| spec.host_users == Some(false)),
+    }
+}
+
+/// What keeps a pod from starting that kubelet has no user namespace for, by what it says of the pod's sandbox.
+pub(super) fn no_user_namespace(said: &str) -> Option<Blocker> {
+    ["hostUsers", "user namespace", "userns", "idmap"].iter().any(|word| said.contains(word)).then(|| Blocker {
+        reason: "UserNamespacesUnsupported",
+        message: format!(
+            "the node gives the build pod no user namespace ({}); choose nodes with containerd 2.0, runc 1.2 and Linux 6.3 or \
+             newer (builds.nodeSelector), or have the operator installed without builds.userNamespaces; {REBUILD_HINT}",
+            shorten(said, MAX_TEXT)
+        ),
+    })
 }
 
 fn deadline_exceeded(job: &Job, last: Option<Failure>) -> Failure {

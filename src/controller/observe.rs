@@ -23,7 +23,7 @@ use super::{
     cleanup::Outside,
     context::Context,
     error::{Error, api_status},
-    job_state::{self, JobState, PodState},
+    job_state::{self, Blocker, JobState, PodState},
     plan::{Inputs, Observed, ObservedJob},
     queue::{Queue, Standing, server},
     rebuild::{self, BaseNow, Due, Found},
@@ -115,7 +115,7 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: 
     let owned = |owners: &[k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference]| {
         owners.iter().any(|owner| owner.uid == uid)
     };
-    let observed_jobs: Vec<ObservedJob> =
+    let mut observed_jobs: Vec<ObservedJob> =
         jobs.iter().filter(|job| owned(job.owner_references())).filter_map(|job| observed_job(job, &pods)).collect();
 
     let mut pod_refusals = BTreeMap::new();
@@ -126,6 +126,14 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: 
             && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs).await?
         {
             pod_refusals.insert(job.build_id.clone(), message);
+        }
+    }
+    for job in &mut observed_jobs {
+        if let JobState::Active { pod: PodState::Pending { pod, blocker, user_namespace: true, .. }, .. } =
+            &mut job.state
+            && blocker.is_none()
+        {
+            *blocker = no_user_namespace(context, &namespace, &pods, pod).await?;
         }
     }
     let running = observed_jobs.iter().filter(|job| !job.deleting).find_map(|job| match &job.state {
@@ -264,12 +272,35 @@ async fn pod_refusal(
 ) -> Result<Option<String>, Error> {
     let job_name = object_name(name, &job.build_id);
     let uid = jobs.iter().find(|job| job.name_any() == job_name).and_then(ResourceExt::uid).unwrap_or_default();
+    newest_event(context, namespace, &uid, "FailedCreate", &format!("Job `{job_name}`")).await
+}
+
+/// What kubelet says when it can not give the pod its user namespace. A pod has no condition for that, and waits on.
+async fn no_user_namespace(
+    context: &Context,
+    namespace: &str,
+    pods: &[Pod],
+    name: &str,
+) -> Result<Option<Blocker>, Error> {
+    let uid = pods.iter().find(|pod| pod.name_any() == name).and_then(ResourceExt::uid).unwrap_or_default();
+    let said = newest_event(context, namespace, &uid, "FailedCreatePodSandBox", &format!("pod `{name}`")).await?;
+    Ok(said.as_deref().and_then(job_state::no_user_namespace))
+}
+
+/// The message of the newest event about an object with this reason.
+async fn newest_event(
+    context: &Context,
+    namespace: &str,
+    uid: &str,
+    reason: &str,
+    what: &str,
+) -> Result<Option<String>, Error> {
     let events: Api<Event> = Api::namespaced(context.client.clone(), namespace);
-    let about = format!("involvedObject.uid={uid},reason=FailedCreate");
+    let about = format!("involvedObject.uid={uid},reason={reason}");
     let found = events
         .list(&ListParams::default().fields(&about))
         .await
-        .map_err(Error::api(format!("list the events of the Job `{job_name}`")))?;
+        .map_err(Error::api(format!("list the events of the {what}")))?;
     let newest = found.items.into_iter().max_by_key(|event| {
         event.last_timestamp.as_ref().map(|time| time.0).or(event.event_time.as_ref().map(|time| time.0))
     });

@@ -34,7 +34,7 @@ const BLOCKER_GRACE: Duration = Duration::from_secs(10);
 const ACTIVE_RESYNC: Duration = Duration::from_secs(300);
 /// A Job has its pod within this time, unless something forbids it.
 const POD_EXPECTED: Duration = Duration::from_secs(3);
-/// Wait before a Job without a pod is looked at again.
+/// Wait before a Job without a pod, or with one that may get no user namespace, is looked at again.
 const NO_POD_RESYNC: Duration = Duration::from_secs(15);
 /// What the resource asks for may become possible without anything in the cluster changing, such as a new release.
 const REFUSED_RESYNC: Duration = Duration::from_secs(600);
@@ -668,7 +668,12 @@ fn follow_job(
                         plan.requeue = Requeue::After(BLOCKER_GRACE.saturating_sub(waited).max(Duration::from_secs(1)));
                     }
                 }
-                PodState::Pending { blocker: None, .. } => {}
+                PodState::Pending { blocker: None, user_namespace, .. } => {
+                    // Nobody watches events.
+                    if *user_namespace {
+                        plan.requeue = Requeue::After(NO_POD_RESYNC);
+                    }
+                }
                 PodState::Running { pod } => plan.follow = Some(pod.clone()),
             }
             if let (true, Some(failure)) = (*failed_attempts > 0, last_failure) {
@@ -725,8 +730,8 @@ fn pod_refused(build: &NodeImageBuild, refusal: &str) -> ((Phase, Verdict, &'sta
     let namespace = build.namespace().unwrap_or_default();
     if refusal.contains("violates PodSecurity") {
         let message = format!(
-            "the namespace `{namespace}` forbids privileged pods, which builds need: {refusal}. Move the NodeImageBuild to \
-             a namespace for builds, or have an administrator run `kubectl label namespace {namespace} \
+            "the namespace `{namespace}` forbids build pods, which need the Pod Security level `privileged`: {refusal}. Move \
+             the NodeImageBuild to a namespace for builds, or have an administrator run `kubectl label namespace {namespace} \
              pod-security.kubernetes.io/enforce=privileged --overwrite`"
         );
         return ((Phase::Pending, Verdict::Stalled, "PodForbidden"), message);

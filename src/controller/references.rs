@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     api::v1alpha1::{KeyReference, NAME_LABEL, NodeImageBuildSpec, SecretReference},
-    contract::CredentialSlot,
+    contract::{CredentialSlot, SSH_PASSWORD},
 };
 
 /// Where the pod finds the bytes of `spec.files[index]`.
@@ -100,7 +100,11 @@ pub fn references(spec: &NodeImageBuildSpec) -> Vec<Reference> {
     }
     if let Some(vsphere) = &spec.vsphere {
         let (secret, field) = (&vsphere.credentials_secret_ref, "spec.vsphere.credentialsSecretRef".to_owned());
-        found.push(Reference::credentials(VSPHERE_SLOT.to_owned(), secret, field, &[&["username", "password"]]));
+        let keys: &[&str] = match vsphere.template {
+            Some(_) => &["username", "password", SSH_PASSWORD],
+            None => &["username", "password"],
+        };
+        found.push(Reference::credentials(VSPHERE_SLOT.to_owned(), secret, field, &[keys]));
     }
     if let Some(nutanix) = &spec.nutanix {
         let (secret, field) = (&nutanix.credentials_secret_ref, "spec.nutanix.credentialsSecretRef".to_owned());

@@ -94,8 +94,8 @@ fn digest(value: &impl Serialize) -> String {
 /// Whether this version can build it, wherever that runs.
 pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
     let provider = spec.provider()?;
-    if spec.engine == Engine::ImageBuilder && provider != Provider::Baremetal {
-        let instead = "that engine makes baremetal images; write Native, or leave engine out";
+    if spec.engine == Engine::ImageBuilder && provider == Provider::Nutanix {
+        let instead = "that engine makes baremetal and vsphere images; write Native, or leave engine out";
         return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
     }
     if let Some(rebuild) = &spec.rebuild {
@@ -109,6 +109,11 @@ pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
 pub fn check(spec: &NodeImageBuildSpec, settings: &Settings) -> Result<(), Refusal> {
     supported(spec)?;
     placement(spec, &settings.placement)?;
+    if settings.placement.user_namespaces && spec.engine == Engine::ImageBuilder {
+        let instead = "the operator gives build pods a user namespace and no privileges (builds.userNamespaces), and that engine \
+                       needs them; write Native, or have that setting taken away";
+        return Err(Refusal::not_supported("engine: ImageBuilder in a user namespace", instead));
+    }
     let targets = spec.publish_targets()?;
     if targets.iter().any(|target| target.artifact_server.is_some()) && settings.artifact_server.is_none() {
         return Err(Refusal::new(
@@ -130,7 +135,7 @@ fn placement(spec: &NodeImageBuildSpec, allowed: &Placement) -> Result<(), Refus
     };
     if let (false, Some(index)) = (allowed.control_plane, spec.build.tolerations.iter().position(reaches)) {
         return refusal(format!(
-            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods, which are privileged, may not \
+            "spec.build.tolerations[{index}] tolerates control plane nodes, where build pods may not \
              run: tolerate the taints of other nodes by their keys, or have the operator installed with \
              builds.allowControlPlane"
         ));
@@ -824,17 +829,32 @@ mod tests {
         assert_eq!(digest("2h"), digest("4h"));
     }
 
-    #[rstest]
-    #[case::vsphere(vsphere(("ubuntu", "22.04"), json!({})).spec, Engine::ImageBuilder, "write Native")]
-    fn what_an_engine_does_not_make_is_refused(
-        #[case] mut spec: NodeImageBuildSpec,
-        #[case] engine: Engine,
-        #[case] advice: &str,
-    ) {
-        spec.engine = engine;
+    #[test]
+    fn what_the_engine_image_builder_does_not_make_is_refused() {
+        let mut spec = metal(("ubuntu", "22.04"), json!({}));
+        spec.baremetal = None;
+        spec.nutanix = serde_json::from_value(json!({
+            "endpoint": "prism.example.com", "credentialsSecretRef": {"name": "prism"}, "cluster": {"name": "pe1"},
+        }))
+        .unwrap();
         let refusal = supported(&spec).unwrap_err();
         assert_eq!(refusal.reason, "NotSupported");
-        assert!(refusal.message.contains(advice), "{refusal:?}");
+        assert!(refusal.message.contains("write Native"), "{refusal:?}");
+        spec.engine = Engine::Native;
+        supported(&spec).unwrap();
+    }
+
+    #[test]
+    fn a_template_is_cloned_with_the_password_of_its_account() {
+        let mut build = vsphere(("ubuntu", "22.04"), json!({"template": "base", "linkedClone": true}));
+        (build.spec.engine, build.spec.base) = (Engine::ImageBuilder, None);
+        supported(&build.spec).unwrap();
+        let request = prepared(&build).request;
+        let contract::Engine::ImageBuilder(settings) = &request.engine else { panic!("{request:?}") };
+        assert_eq!((settings.template.as_deref(), settings.linked_clone), (Some("base"), true));
+        assert_eq!(request.base, contract::Base::Recipe);
+        let references = super::super::references::references(&build.spec);
+        assert_eq!(references[0].keys, [["username", "password", "sshPassword"]]);
     }
 
     #[test]

@@ -31,7 +31,24 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
         Diagnosis {
             class: FailureClass::BadInput,
             reason: "LoginRefused",
-            advice: "user name or password is refused; correct the Secret that spec.subscription names",
+            advice: "user name or password is refused; correct the Secret that spec.subscription names, or spec.vsphere",
+        },
+    ),
+    (
+        &["error finding vm to clone"],
+        Diagnosis {
+            class: FailureClass::BadInput,
+            reason: "TemplateNotFound",
+            advice: "vCenter has no such template in the datacenter; write its name or its path below the folder for virtual \
+                     machines as spec.vsphere.template",
+        },
+    ),
+    (
+        &["but template has no snapshots"],
+        Diagnosis {
+            class: FailureClass::BadInput,
+            reason: "TemplateUnsuitable",
+            advice: "a linked clone starts from a snapshot; make one of the template, or leave spec.vsphere.linkedClone out",
         },
     ),
     (
@@ -64,7 +81,7 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
             class: FailureClass::Transient,
             reason: "SshTimedOut",
             advice: "the machine did not answer by SSH in time; raise spec.imageBuilder.sshTimeoutSeconds where it is only slow, \
-                     else look whether its installer got as far as that",
+                     else look whether its installer got as far as that, or whether sshPassword is that of spec.vsphere.template",
         },
     ),
     (
@@ -173,9 +190,22 @@ fn known(text: &str) -> Option<Diagnosis> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::{collection::vec, option, prelude::*};
     use rstest::rstest;
 
     use super::*;
+
+    proptest! {
+        #[test]
+        fn any_words_are_judged_and_shown_shortened(
+            errors in vec(".{0,400}", 0..20), task in option::of(".{0,400}"), fatal in option::of(".{0,2000}"),
+            last in vec(".{0,400}", 0..20),
+        ) {
+            let (diagnosis, text) = diagnose(&Said { errors, task, fatal, last });
+            prop_assert!(text.len() <= SHOWN, "{} bytes", text.len());
+            prop_assert!(!diagnosis.advice.is_empty());
+        }
+    }
 
     #[rstest]
     #[case("Timeout waiting for SSH.", "SshTimedOut")]
@@ -185,6 +215,8 @@ mod tests {
     #[case("Checksums did not match for /tmp/x.", "ChecksumMismatch")]
     #[case("1 error occurred:\n\t* required variable not set: a", "RecipeUnusable")]
     #[case("write /work/build/disk: no space left on device", "DiskFull")]
+    #[case("Error finding vm to clone: vm 'golden' not found", "TemplateNotFound")]
+    #[case("`linked_clone=true`, but template has no snapshots", "TemplateUnsuitable")]
     #[case("something new", "PackerFailed")]
     fn errors_are_told_apart(#[case] error: &str, #[case] reason: &str) {
         let said = Said { errors: vec![error.to_owned()], ..Said::default() };

@@ -3,7 +3,7 @@
 //!
 //! The build runs in upstream's own container image. A working copy of upstream's directory (`upstream`) and the
 //! [`varfiles`] of the build are given to Packer; [`packer`] follows what it says and [`diagnosis`] judges a failure. What
-//! comes out is a raw disk, as from the other engine.
+//! comes out is a raw disk, as from the other engine, wherever the machine was that it was made in.
 
 pub mod diagnosis;
 pub mod packer;
@@ -14,6 +14,7 @@ mod upstream;
 pub mod varfiles;
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
@@ -36,7 +37,8 @@ use self::{
 };
 use crate::{
     contract::{
-        BuildRequest, Classified, CredentialSlot, FailureClass, FileContent, ImageBuilderSettings, Provider, Stage,
+        BuildRequest, Classified, CredentialSlot, FailureClass, FileContent, ImageBuilderSettings, Provider,
+        ProviderTarget, SSH_PASSWORD, Stage,
     },
     native::{Assembled, accelerator::Virtualization, image_contract::Expected},
     process::{CommandSpec, ProcessError, Runner, Stop},
@@ -141,6 +143,25 @@ pub struct ImageBuilder<'b> {
     pub reporter: Reporter,
 }
 
+/// What Packer is told of a machine that is not on this node.
+#[derive(Clone, Debug)]
+pub struct Remote {
+    /// Name of the machine.
+    pub machine: String,
+    /// Name of the installation medium while it is there.
+    pub medium: String,
+    /// Where it goes, as variables of upstream's templates.
+    pub place: BTreeMap<&'static str, String>,
+}
+
+/// Where the machine is that is built in.
+#[derive(Clone, Debug)]
+pub enum Machine {
+    /// On this node, run by this.
+    Here(Virtualization),
+    There(Remote),
+}
+
 /// What was fetched before Packer starts.
 #[derive(Clone, Debug)]
 pub struct Fetched {
@@ -161,26 +182,39 @@ pub struct Made {
 }
 
 impl ImageBuilder<'_> {
-    /// Machines are built in on this node only: images for vCenter and Prism Central are made by the other engine.
     fn recipe(&self) -> Result<Recipe, NoRecipe> {
         match self.request.provider {
             Provider::Baremetal => Recipe::of(self.request, false),
-            Provider::Vsphere | Provider::Nutanix => Err(NoRecipe::of(self.request)),
+            Provider::Vsphere => {
+                let recipe = Recipe::of(self.request, self.settings.template.is_some())?;
+                Ok(upstream::settle(self.upstream, recipe))
+            }
+            // Its plugin of Packer's can not be told apart from others by what it leaves in Prism Central.
+            Provider::Nutanix => Err(NoRecipe::of(self.request)),
         }
     }
 
     /// Refuses what this engine does not make, or upstream's directory does not have.
     pub fn check(&self) -> Result<(), ImageBuilderError> {
-        Ok(upstream::check(self.upstream, &self.recipe()?)?)
+        let recipe = self.recipe()?;
+        upstream::check(self.upstream, &recipe)?;
+        if self.request.provider == Provider::Vsphere && self.settings.template.is_none() {
+            upstream::check_firmware(self.upstream, &recipe, self.request.firmware)?;
+        }
+        Ok(())
     }
 
     /// Runs Packer and brings its result to where the other engine puts it.
-    pub async fn make(&self, fetched: &Fetched, virtualization: Virtualization) -> Result<Made, ImageBuilderError> {
+    pub async fn make(&self, fetched: &Fetched, machine: &Machine) -> Result<Made, ImageBuilderError> {
         let recipe = self.recipe()?;
         let secrets = SecretDir::mount(self.dir.join("secrets"))?;
-        let known = self.known(fetched, &secrets)?;
+        let mut known = self.known(fetched, &secrets)?;
+        if let (Machine::There(remote), Some((path, _))) = (machine, &mut known.medium) {
+            *path = self.name_medium(Path::new(path), remote)?.display().to_string();
+        }
         let password = self.ssh_password().await?;
-        let edits = Edits { recipe: &recipe, settings: self.settings, virtualization };
+        let output = self.output();
+        let edits = Edits { recipe: &recipe, settings: self.settings, machine, output: &output };
         let copy = WorkingCopy::make(self.upstream, self.dir.join("upstream"), &password, &edits)?;
         let mut var_files: Vec<_> =
             recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
@@ -188,10 +222,11 @@ impl ImageBuilder<'_> {
             var_files.push(secrets.write(&format!("{}.json", file.name), file.vars.to_string().as_bytes())?);
         }
         let ansible = secrets.write("ansible.json", self.ansible_vars(&secrets)?.to_string().as_bytes())?;
-        let engine = self.engine_vars(&ansible).to_string();
+        let engine = self.engine_vars(&ansible, machine)?.to_string();
         var_files.push(secrets.write("engine.json", engine.as_bytes())?);
         let base_digest = match &fetched.medium {
             Some((_, digest)) => Some(digest.clone()),
+            None if self.settings.template.is_some() => None,
             None => recipe.var_files.iter().rev().find_map(|file| medium(&copy.vars(file)?)),
         };
 
@@ -201,7 +236,10 @@ impl ImageBuilder<'_> {
             fs::read_to_string(&listing).map_err(|source| ImageBuilderError::Work { path: listing, source })?;
         drop(secrets);
         let disk = self.dir.join("disk.raw");
-        post::bring(&self.output(), &disk)?;
+        match machine {
+            Machine::Here(_) => post::bring(&output, &disk)?,
+            Machine::There(_) => post::unpack(&output, &disk).await?,
+        }
         let images = listing.lines().filter_map(|line| line.strip_prefix("image\t")).map(str::to_owned).collect();
         let expected = Expected {
             os: self.request.os.clone(),
@@ -213,6 +251,15 @@ impl ImageBuilder<'_> {
             upstream: true,
         };
         Ok(Made { assembled: Assembled::new(disk, crate::native::installed(&listing), expected), took, base_digest })
+    }
+
+    /// Packer uploads a file of this machine under the name that it has here.
+    fn name_medium(&self, medium: &Path, remote: &Remote) -> Result<PathBuf, ImageBuilderError> {
+        let named = self.dir.join(&remote.medium);
+        match fs::hard_link(medium, &named) {
+            Ok(()) => Ok(named),
+            Err(source) => Err(ImageBuilderError::Work { path: named, source }),
+        }
     }
 
     fn output(&self) -> PathBuf {
@@ -229,6 +276,10 @@ impl ImageBuilder<'_> {
             medium: fetched.medium.as_ref().map(|(path, digest)| (path.display().to_string(), digest.clone())),
             ..Known::default()
         };
+        if let Some(ProviderTarget::Vsphere(target)) = &self.request.provider_target {
+            known.username = secret(&target.slot, "username")?.unwrap_or_default();
+            known.password = secret(&target.slot, "password")?.unwrap_or_default();
+        }
         if let Some(subscription) = &self.request.subscription {
             let slot = &subscription.slot;
             known.rhel_username = secret(slot, "username")?.unwrap_or_default();
@@ -300,12 +351,25 @@ impl ImageBuilder<'_> {
     }
 
     /// Variables of Packer that count before all others.
-    fn engine_vars(&self, ansible: &Path) -> Value {
-        json!({
+    fn engine_vars(&self, ansible: &Path, machine: &Machine) -> Result<Value, ImageBuilderError> {
+        let mut vars = json!({
             "ansible_user_vars": format!("@{}", ansible.display()),
             "headless": "true",
             "output_directory": self.output(),
-        })
+        });
+        if let Machine::There(Remote { place, .. }) = machine {
+            for (name, value) in place {
+                vars[*name] = json!(value);
+            }
+            vars["disk_size"] = json!(self.request.disk_size_mib.to_string());
+        }
+        if let (Some(_), Some(ProviderTarget::Vsphere(target))) =
+            (&self.settings.template, &self.request.provider_target)
+        {
+            // The account is in the template, and its password with it.
+            vars["ssh_password"] = json!(self.credentials.require(&target.slot, SSH_PASSWORD)?.expose_secret());
+        }
+        Ok(vars)
     }
 
     async fn run_packer(
@@ -344,6 +408,10 @@ impl ImageBuilder<'_> {
             }
         }
         command.env.extend(self.request.proxy.environment());
+        if let Some(bundle) = &self.request.trust_bundle {
+            // In addition to the system's own, which are in a directory.
+            command = command.env("SSL_CERT_FILE", bundle);
+        }
         if self.ssh_version().await? >= SSH_WITHOUT_SCP {
             // With the quotes that upstream gives it: without them Ansible takes it for a flag of its own.
             command = command.env("ANSIBLE_SCP_EXTRA_ARGS", "\"-O\"").env("ANSIBLE_SSH_ARGS", PACKERS_KEYS);

@@ -142,7 +142,9 @@ impl Watch {
             state.took.push((left, took));
             (state.stage, state.since) = (stage, Instant::now());
         }
-        self.reporter.report(state.stage.max(stage), share, task.unwrap_or(text));
+        // How far an earlier stage is says nothing of this one.
+        let share = if stage < state.stage { 0.0 } else { share };
+        self.reporter.report(state.stage, share, task.unwrap_or(text));
     }
 
     /// The stage that runs now.
@@ -201,8 +203,11 @@ fn milestone(text: &str, tasks: u32) -> Option<(Stage, f64)> {
         ("Provisioning with Goss", Stage::Seal, 0.8),
         ("Gracefully halting", Stage::Assemble, 0.0),
         ("Executing shutdown command", Stage::Assemble, 0.0),
+        ("Shutting down VM", Stage::Assemble, 0.0),
         ("Converting hard drive", Stage::Assemble, 0.4),
-        ("Exporting", Stage::Assemble, 0.2),
+        ("Starting export", Stage::Assemble, 0.2),
+        ("Downloading: ", Stage::Assemble, 0.3),
+        ("Exporting", Stage::Assemble, 0.9),
     ];
     if let Some(task) = task(text) {
         return Some(if task.starts_with("sysprep") {
@@ -216,10 +221,26 @@ fn milestone(text: &str, tasks: u32) -> Option<(Stage, f64)> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
     use crate::progress::Style;
+
+    /// A line of Packer, or of a program that it runs, with words that mean something here and words that do not.
+    fn output() -> impl Strategy<Value = String> {
+        let words = prop_oneof![
+            ".{0,60}",
+            "(==> qemu: |    qemu: |--> |)(Retrieving ISO|Creating VM|Connected to SSH!|Gracefully halting|Exporting)",
+            "    qemu: TASK \\[(sysprep : )?[a-z :\\[\\]]{0,20}\\]? \\*\\*",
+            "    qemu: (fatal|failed|ok): \\[default\\]: FAILED! => .{0,40}",
+        ];
+        let line = ("[0-9]{0,10}", "(qemu|)", "(ui|error|artifact|)", "(say|message|error|)", words, any::<bool>());
+        line.prop_map(
+            |(time, target, kind, level, words, of_packer)| {
+                if of_packer { format!("{time},{target},{kind},{level},{}", escape(&words)) } else { words }
+            },
+        )
+    }
 
     fn watch(lines: &[&str]) -> (Stage, Said) {
         let watch = Watch::new(Reporter::new(Style::Json, Box::new(std::io::sink())));
@@ -243,6 +264,20 @@ mod tests {
         fn any_line_is_read_or_not_without_harm(line in ".{0,200}") {
             drop(Line::parse(&line));
             watch(&[&line]);
+        }
+
+        #[test]
+        fn whatever_is_said_stages_go_forward_only_and_little_is_kept(lines in vec(output(), 0..80)) {
+            let watch = Watch::new(Reporter::new(Style::Json, Box::new(std::io::sink())));
+            let mut stage = watch.stage();
+            for line in &lines {
+                watch.see(line);
+                prop_assert!(watch.stage() >= stage, "{line}");
+                stage = watch.stage();
+            }
+            let (took, said) = watch.finish();
+            prop_assert!(took.is_sorted_by(|(earlier, _), (later, _)| earlier < later), "{took:?}");
+            prop_assert!(said.errors.len() <= KEPT && said.last.len() <= KEPT);
         }
 
         #[test]

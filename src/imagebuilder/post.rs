@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::contract::{Classified, FailureClass};
+use crate::{
+    contract::{Classified, FailureClass},
+    package,
+};
 
 /// Why there is no disk though Packer succeeded.
 #[derive(Debug, thiserror::Error)]
@@ -17,23 +20,50 @@ pub enum ResultError {
     None { directory: PathBuf },
     #[error("can not read what Packer left in {}", .directory.display())]
     Read { directory: PathBuf, source: io::Error },
+    #[error("can not make a raw disk of {}, which Packer exported", .path.display())]
+    Unpack { path: PathBuf, source: io::Error },
 }
 
 impl Classified for ResultError {
     fn class(&self) -> FailureClass {
-        FailureClass::Environment
+        match self {
+            Self::None { .. } | Self::Read { .. } => FailureClass::Environment,
+            // What was cut on its way may be whole the next time.
+            Self::Unpack { source, .. } => match source.kind() {
+                io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData | io::ErrorKind::InvalidInput => {
+                    FailureClass::Transient
+                }
+                _ => FailureClass::Environment,
+            },
+        }
     }
 
     fn reason(&self) -> &'static str {
         match self {
             Self::None { .. } => "RecipeUnusable",
             Self::Read { .. } => "WorkDirectoryUnusable",
+            Self::Unpack { .. } => "DiskUnreadable",
         }
     }
 }
 
 /// Moves the disk that is in `output` to `disk`. Beside it there may be firmware variables: the larger one is the disk.
 pub(super) fn bring(output: &Path, disk: &Path) -> Result<(), ResultError> {
+    let found = largest(output, |_| true)?;
+    fs::rename(found, disk).map_err(|source| ResultError::Read { directory: output.to_owned(), source })
+}
+
+/// Makes `disk` of the VMDK that was exported to `output`, which then goes.
+pub(super) async fn unpack(output: &Path, disk: &Path) -> Result<(), ResultError> {
+    let path = largest(output, |path| path.extension().is_some_and(|extension| extension == "vmdk"))?;
+    let (from, to) = (path.clone(), disk.to_owned());
+    let work = tokio::task::spawn_blocking(move || package::unpack(&from, &to).and_then(|()| fs::remove_file(&from)));
+    let done = work.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+    done.map_err(|source| ResultError::Unpack { path, source })
+}
+
+/// The largest file in `output` that is `wanted`.
+fn largest(output: &Path, wanted: impl Fn(&Path) -> bool) -> Result<PathBuf, ResultError> {
     let read = |source| ResultError::Read { directory: output.to_owned(), source };
     let none = || ResultError::None { directory: output.to_owned() };
     let entries = match fs::read_dir(output) {
@@ -44,12 +74,12 @@ pub(super) fn bring(output: &Path, disk: &Path) -> Result<(), ResultError> {
     for entry in entries {
         let entry = entry.map_err(read)?;
         let metadata = entry.metadata().map_err(read)?;
-        if metadata.is_file() && best.as_ref().is_none_or(|(size, _)| metadata.len() > *size) {
+        let larger = best.as_ref().is_none_or(|(size, _)| metadata.len() > *size);
+        if metadata.is_file() && larger && wanted(&entry.path()) {
             best = Some((metadata.len(), entry.path()));
         }
     }
-    let (_, found) = best.ok_or_else(none)?;
-    fs::rename(found, disk).map_err(read)
+    Ok(best.ok_or_else(none)?.1)
 }
 
 #[cfg(test)]

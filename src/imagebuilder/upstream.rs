@@ -7,11 +7,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::recipe::Recipe;
+use super::{Machine, Remote, recipe::Recipe};
 use crate::{
-    contract::{Classified, FailureClass, ImageBuilderSettings},
+    contract::{Classified, FailureClass, Firmware, ImageBuilderSettings},
     native::accelerator::Virtualization,
 };
 
@@ -60,17 +60,25 @@ pub enum UpstreamError {
     NoBuilder { path: PathBuf, builder: &'static str },
     #[error("can not read the template {}", .path.display())]
     Template { path: PathBuf, source: serde_json::Error },
+    #[error("upstream's recipe for this system makes machines that start by {found}; write spec.firmware: {found}")]
+    Firmware { found: String },
     #[error("can not copy {} for the build", .path.display())]
     Copy { path: PathBuf, source: io::Error },
 }
 
 impl Classified for UpstreamError {
     fn class(&self) -> FailureClass {
-        FailureClass::Environment
+        match self {
+            Self::Firmware { .. } => FailureClass::BadInput,
+            Self::Missing { .. } | Self::NoBuilder { .. } | Self::Template { .. } | Self::Copy { .. } => {
+                FailureClass::Environment
+            }
+        }
     }
 
     fn reason(&self) -> &'static str {
         match self {
+            Self::Firmware { .. } => "NotSupported",
             Self::Copy { .. } => "WorkDirectoryUnusable",
             Self::Missing { .. } | Self::NoBuilder { .. } | Self::Template { .. } => "RecipeUnusable",
         }
@@ -88,8 +96,10 @@ pub(super) struct SshPassword {
 pub(super) struct Edits<'e> {
     pub(super) recipe: &'e Recipe,
     pub(super) settings: &'e ImageBuilderSettings,
-    /// What runs the machine that is built in.
-    pub(super) virtualization: Virtualization,
+    /// The machine that is built in.
+    pub(super) machine: &'e Machine,
+    /// Where its disk is put.
+    pub(super) output: &'e Path,
 }
 
 /// The working copy.
@@ -113,6 +123,36 @@ pub(super) fn check(upstream: &Path, recipe: &Recipe) -> Result<(), UpstreamErro
     match own.into_iter().find(|path| !rendered(path)) {
         Some(path) => Err(missing(path)),
         None => Ok(()),
+    }
+}
+
+/// The recipe by the files that `upstream` has: where a system starts by EFI only, no file is named after that.
+pub(super) fn settle(upstream: &Path, mut recipe: Recipe) -> Recipe {
+    for file in &mut recipe.var_files {
+        let plain = file.replace("-efi.json", ".json");
+        if file.starts_with("packer/ova/") && !upstream.join(&*file).exists() && upstream.join(&plain).exists() {
+            *file = plain;
+        }
+    }
+    recipe
+}
+
+/// Refuses a recipe for vCenter whose machines start in another way than the image will.
+pub(super) fn check_firmware(upstream: &Path, recipe: &Recipe, wanted: Firmware) -> Result<(), UpstreamError> {
+    let read = |file: &str| fs::read_to_string(upstream.join(file)).ok();
+    let value = |file: &String| {
+        let text = read(file).or_else(|| read(&format!("{file}.tmpl")))?;
+        let vars: Value = serde_json::from_str(&text).ok()?;
+        Some(vars.get("firmware")?.as_str()?.to_owned())
+    };
+    let found = recipe.var_files.iter().rev().find_map(value);
+    let name = match wanted {
+        Firmware::Bios => "bios",
+        Firmware::Efi => "efi",
+    };
+    match found {
+        Some(found) if found != name => Err(UpstreamError::Firmware { found }),
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -210,9 +250,37 @@ fn replace_line(path: &Path, line: &str, instead: &str) -> io::Result<()> {
     if changed == text { Ok(()) } else { fs::write(path, changed) }
 }
 
+/// Whether a provisioner is for this builder. It then names no builders any more: the others are gone.
+fn runs_in(provisioner: &mut Value, builder: &str) -> bool {
+    let Some(keys) = provisioner.as_object_mut() else { return true };
+    let mut named = |key: &str| {
+        let names = keys.remove(key)?;
+        Some(names.as_array()?.iter().any(|name| name.as_str() == Some(builder)))
+    };
+    let (except, only) = (named("except"), named("only"));
+    !except.unwrap_or(false) && only.unwrap_or(true)
+}
+
+/// The machine in vCenter is only where the disk is made: it comes here, and what becomes of it is this program's to do.
+fn edit_remote(keys: &mut Map<String, Value>, remote: &Remote, output: &Path) {
+    keys.insert("vm_name".to_owned(), json!(remote.machine));
+    keys.insert("export".to_owned(), json!({"force": true, "manifest": "none", "output_directory": output}));
+    for key in ["convert_to_template", "create_snapshot"] {
+        keys.remove(key);
+    }
+    if keys.contains_key("destroy") {
+        keys.insert("destroy".to_owned(), json!(true));
+    }
+    if keys.contains_key("iso_checksum") {
+        // Of a medium that Packer downloads itself.
+        let medium = output.with_file_name(&remote.medium);
+        keys.insert("iso_target_path".to_owned(), json!(medium));
+    }
+}
+
 /// `None` where the builder is not there.
 fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
-    let Edits { recipe, settings, virtualization } = edits;
+    let Edits { recipe, settings, machine, output } = edits;
     let is_it = |builder: &Value| {
         let name = builder.get("name").or_else(|| builder.get("type"));
         name.and_then(Value::as_str) == Some(recipe.builder)
@@ -225,16 +293,24 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
     if let Some(attempts) = settings.ssh_handshake_attempts {
         keys.insert("ssh_handshake_attempts".to_owned(), json!(attempts.to_string()));
     }
-    if *virtualization == Virtualization::Software && keys.contains_key("accelerator") {
-        keys.insert("accelerator".to_owned(), json!("tcg"));
-        if keys.contains_key("cpu_model") {
-            // `host` needs KVM.
-            keys.insert("cpu_model".to_owned(), json!("max"));
+    match machine {
+        Machine::Here(Virtualization::Software) if keys.contains_key("accelerator") => {
+            keys.insert("accelerator".to_owned(), json!("tcg"));
+            if keys.contains_key("cpu_model") {
+                // `host` needs KVM.
+                keys.insert("cpu_model".to_owned(), json!("max"));
+            }
         }
+        Machine::Here(_) => {}
+        Machine::There(remote) => edit_remote(keys, remote, output),
     }
     template["builders"] = json!([builder]);
     // The disk is packaged by this program.
     template.as_object_mut()?.remove("post-processors");
+    let provisioners = template.get_mut("provisioners").and_then(Value::as_array_mut);
+    if let Some(provisioners) = provisioners {
+        provisioners.retain_mut(|provisioner| runs_in(provisioner, recipe.builder));
+    }
     let verbosity = usize::from(settings.ansible_verbosity);
     for provisioner in template.get_mut("provisioners").and_then(Value::as_array_mut).into_iter().flatten() {
         let is_ansible = provisioner.get("type").and_then(Value::as_str) == Some("ansible");
@@ -250,12 +326,51 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
 mod tests {
     use std::{env, process::Command};
 
+    use proptest::{
+        collection::{btree_map, vec},
+        prelude::*,
+    };
+    use rstest::rstest;
+
     use super::*;
     use crate::{
-        contract::{BuildRequest, Engine, Firmware, Os, OsName},
+        contract::{BuildRequest, Engine, Os, OsName, Provider},
         imagebuilder::varfiles::{Known, generate},
         native::sample,
     };
+
+    /// JSON of any kind, in words that templates have.
+    fn template() -> impl Strategy<Value = Value> {
+        let words =
+            "builders|provisioners|post-processors|type|name|qemu|ansible|extra_arguments|accelerator|cpu_model|.{0,8}";
+        let leaf = prop_oneof![Just(Value::Null), any::<i32>().prop_map(Value::from), words.prop_map(Value::from)];
+        leaf.prop_recursive(5, 48, 6, move |inner| {
+            prop_oneof![
+                vec(inner.clone(), 0..4).prop_map(Value::from),
+                btree_map(words, inner, 0..6).prop_map(|keys| Value::from(serde_json::Map::from_iter(keys))),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_template_is_refused_or_left_with_the_one_builder(foreign in template(), other in template()) {
+            let request = request(OsName::Ubuntu, "22.04", Firmware::Efi);
+            let recipe = Recipe::of(&request, false).unwrap();
+            let edits =
+                Edits { recipe: &recipe, settings: settings(&request), machine: &Machine::Here(Virtualization::Software), output: Path::new("output") };
+            let mut usable = if foreign.is_object() { foreign.clone() } else { json!({}) };
+            usable["builders"] = json!([other, {"type": "qemu", "accelerator": "kvm"}]);
+            for (mut template, refusable) in [(foreign, true), (usable, false)] {
+                let edited = edit(&mut template, &edits).is_some();
+                prop_assert!(edited || refusable, "{template}");
+                if edited {
+                    prop_assert_eq!(template["builders"].as_array().unwrap().len(), 1);
+                    prop_assert_eq!(template.get("post-processors"), None);
+                }
+            }
+        }
+    }
 
     fn request(name: OsName, version: &str, firmware: Firmware) -> BuildRequest {
         let mut request = sample::request();
@@ -277,11 +392,12 @@ mod tests {
         }
     }
 
-    fn make(upstream: &Path, dir: &Path, request: &BuildRequest, virtualization: Virtualization) -> WorkingCopy {
-        let recipe = Recipe::of(request, false).unwrap();
+    fn make(upstream: &Path, dir: &Path, request: &BuildRequest, machine: &Machine) -> WorkingCopy {
+        let recipe = settle(upstream, Recipe::of(request, settings(request).template.is_some()).unwrap());
         check(upstream, &recipe).unwrap();
         let password = SshPassword { plain: "plain".into(), hashed: "$6$salt$hash".into() };
-        let edits = Edits { recipe: &recipe, settings: settings(request), virtualization };
+        let output = dir.join("output");
+        let edits = Edits { recipe: &recipe, settings: settings(request), machine, output: &output };
         WorkingCopy::make(upstream, dir.join("upstream"), &password, &edits).unwrap()
     }
 
@@ -293,7 +409,7 @@ mod tests {
     fn templates_are_rendered_and_leave_the_disk_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let request = request(OsName::Ubuntu, "22.04", Firmware::Efi);
-        let copy = make(&ours(), dir.path(), &request, Virtualization::Software);
+        let copy = make(&ours(), dir.path(), &request, &Machine::Here(Virtualization::Software));
         let text = fs::read_to_string(copy.dir.join("packer/raw/packer.json")).unwrap();
         let template: Value = serde_json::from_str(&text).unwrap();
         assert_eq!(template["variables"]["ssh_password"], "plain");
@@ -303,6 +419,69 @@ mod tests {
         let seed = fs::read_to_string(copy.dir.join("packer/raw/http/user-data")).unwrap();
         assert!(seed.contains("passwd: $6$salt$hash\n"), "{seed}");
         assert!(copy.dir.join("ansible/roles/eksa_post/tasks/main.yml").exists());
+    }
+
+    fn remote() -> Machine {
+        Machine::There(Remote {
+            machine: "node-image-build-0123456789".into(),
+            medium: "node-image-build-0123456789.iso".into(),
+            place: std::collections::BTreeMap::new(),
+        })
+    }
+
+    /// The same for vSphere.
+    fn in_vcenter(mut request: BuildRequest, template: Option<&str>) -> BuildRequest {
+        request.provider = Provider::Vsphere;
+        request.provider_target = serde_json::from_value(json!({"vsphere": {
+            "server": "vc", "slot": "vsphere", "datacenter": "dc1", "cluster": "c1", "datastore": "ds1", "network": "n",
+            "templateName": "golden", "vmxVersion": 15, "convertToTemplate": true,
+        }}))
+        .unwrap();
+        let Engine::ImageBuilder(settings) = &mut request.engine else { panic!("a build of the other engine") };
+        settings.template = template.map(str::to_owned);
+        request
+    }
+
+    #[rstest]
+    #[case::medium("vsphere", None)]
+    #[case::clone("vsphere-clone", Some("base"))]
+    fn a_machine_in_vcenter_gets_our_name_and_gives_only_its_disk(#[case] name: &str, #[case] from: Option<&str>) {
+        let dir = tempfile::tempdir().unwrap();
+        let request = in_vcenter(request(OsName::Ubuntu, "22.04", Firmware::Bios), from);
+        let copy = make(&ours(), dir.path(), &request, &remote());
+        let text = fs::read_to_string(copy.dir.join("packer/ova/packer-node.json")).unwrap();
+        let template: Value = serde_json::from_str(&text).unwrap();
+        let [builder] = &template["builders"].as_array().unwrap()[..] else { panic!("{template}") };
+        assert_eq!((&builder["name"], &builder["vm_name"]), (&json!(name), &json!("node-image-build-0123456789")));
+        assert_eq!(builder["export"]["output_directory"], json!(dir.path().join("output")));
+        assert_eq!((builder.get("convert_to_template"), builder.get("create_snapshot")), (None, None));
+        let medium = dir.path().join("node-image-build-0123456789.iso");
+        assert_eq!(builder.get("iso_target_path"), from.is_none().then(|| json!(medium)).as_ref());
+        assert_eq!(template.get("post-processors"), None);
+    }
+
+    #[test]
+    fn provisioners_for_other_builders_go() {
+        let mut all =
+            [json!({"except": ["other"]}), json!({"except": ["this"]}), json!({"only": ["other"]}), json!({"a": 1})];
+        let kept: Vec<_> = all.iter_mut().map(|provisioner| runs_in(provisioner, "this")).collect();
+        assert_eq!(kept, [true, false, false, true]);
+        assert_eq!(all[0], json!({}));
+    }
+
+    #[test]
+    fn a_system_that_starts_by_efi_only_has_no_file_for_it_and_no_other_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let upstream = dir.path().join("upstream");
+        assert!(Command::new("cp").arg("-r").args([&ours(), &upstream]).status().unwrap().success());
+        fs::write(upstream.join("packer/ova/rhel-9.json"), r#"{"firmware": "efi"}"#).unwrap();
+        for (firmware, reason) in [(Firmware::Efi, None), (Firmware::Bios, Some("NotSupported"))] {
+            let request = in_vcenter(request(OsName::Redhat, "9", firmware), None);
+            let recipe = settle(&upstream, Recipe::of(&request, false).unwrap());
+            check(&upstream, &recipe).unwrap();
+            let refused = check_firmware(&upstream, &recipe, firmware).err();
+            assert_eq!(refused.map(|error| error.reason()), reason);
+        }
     }
 
     #[test]
@@ -333,20 +512,36 @@ mod tests {
             tracing::info!("skipped: NIB_UPSTREAM names no checkout of upstream's images/capi");
             return;
         };
-        for (name, version, firmware) in [
+        let here = [
             (OsName::Ubuntu, "22.04", Firmware::Efi),
             (OsName::Ubuntu, "24.04", Firmware::Efi),
             (OsName::Redhat, "8", Firmware::Bios),
             (OsName::Redhat, "9", Firmware::Efi),
-        ] {
+        ]
+        .map(|(name, version, firmware)| request(name, version, firmware));
+        let there = [
+            (OsName::Ubuntu, "22.04", Firmware::Bios),
+            (OsName::Ubuntu, "22.04", Firmware::Efi),
+            (OsName::Ubuntu, "24.04", Firmware::Bios),
+            (OsName::Ubuntu, "24.04", Firmware::Efi),
+            (OsName::Redhat, "8", Firmware::Bios),
+            (OsName::Redhat, "9", Firmware::Efi),
+        ]
+        .map(|(name, version, firmware)| {
+            [None, Some("base")].map(|template| in_vcenter(request(name, version, firmware), template))
+        });
+        let all = here.map(|request| (request, Machine::Here(Virtualization::Software)));
+        let all = all.into_iter().chain(there.into_iter().flatten().map(|request| (request, remote())));
+        for (request, machine) in all {
             let dir = tempfile::tempdir().unwrap();
-            let request = request(name, version, firmware);
-            let recipe = Recipe::of(&request, false).unwrap();
+            let (name, version) = (request.os.name, request.os.version.as_str());
+            let recipe = Recipe::of(&request, settings(&request).template.is_some()).unwrap();
+            let recipe = settle(&upstream, recipe);
             if check(&upstream, &recipe).is_err() {
                 // Newer versions have dropped older systems.
                 continue;
             }
-            let copy = make(&upstream, dir.path(), &request, Virtualization::Software);
+            let copy = make(&upstream, dir.path(), &request, &machine);
             for (file, _, instead) in EDITS {
                 let text = fs::read_to_string(copy.dir.join("ansible").join(file)).unwrap();
                 assert!(text.contains(instead), "{file} of this version is not changed");
@@ -355,15 +550,20 @@ mod tests {
             let template = copy.dir.join(recipe.template);
             let mut document: Value = serde_json::from_str(&fs::read_to_string(&template).unwrap()).unwrap();
             document["provisioners"].as_array_mut().unwrap().retain(|provisioner| provisioner["type"] != "goss");
-            for key in ["cpu_model", "firmware"] {
-                document["builders"][0].as_object_mut().unwrap().remove(key);
+            let unknown: &[&str] = match machine {
+                Machine::Here(_) => &["cpu_model", "firmware"],
+                Machine::There(_) => &["destroy", "remote_cache_cleanup"],
+            };
+            for key in unknown {
+                document["builders"][0].as_object_mut().unwrap().remove(*key);
             }
             fs::write(&template, document.to_string()).unwrap();
             let mut packer = Command::new("packer");
             packer.arg("validate").current_dir(&copy.dir).env("CHECKPOINT_DISABLE", "1");
             let mut files: Vec<_> =
                 recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
-            for file in generate(&request, settings(&request), &Known::default()).unwrap() {
+            let known = Known { username: "user".into(), password: "password".into(), ..Known::default() };
+            for file in generate(&request, settings(&request), &known).unwrap() {
                 let path = dir.path().join(format!("{}.json", file.name));
                 fs::write(&path, file.vars.to_string()).unwrap();
                 files.push(path);

@@ -118,6 +118,22 @@ const DATABASES: [&str; 2] = [
     "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/metadata.db",
 ];
 
+/// Where the layers of images are, each in a directory of its own.
+const SNAPSHOTS: &str = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
+/// What overlayfs notes down of its own where a layer is written through it in a user namespace. As root containerd writes
+/// layers without overlayfs, and a node does not read the notes.
+const OVERLAY_NOTES: &str = "user.overlay.";
+
+/// Takes out of the layers what only a build in a user namespace leaves there, when containerd has ended.
+pub(super) fn forget_overlays(tree: &Tree) -> Result<(), ImportError> {
+    for snapshot in tree.list(SNAPSHOTS)? {
+        let snapshot = format!("{SNAPSHOTS}/{snapshot}");
+        tree.clear(&format!("{snapshot}/work"))?;
+        tree.remove_attributes(&format!("{snapshot}/fs"), OVERLAY_NOTES)?;
+    }
+    Ok(())
+}
+
 /// Writes containerd's databases anew without the times of the build, when containerd has ended. `epoch` takes their place.
 pub(super) fn settle(tree: &Tree, epoch: u32) -> Result<(), ImportError> {
     for path in DATABASES {
@@ -157,6 +173,28 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
+
+    #[test]
+    fn layers_keep_nothing_of_overlayfs() {
+        let dir = tempfile::tempdir().unwrap();
+        let tree = Tree::at(dir.path());
+        let layer = format!("{SNAPSHOTS}/7");
+        tree.write(&format!("{layer}/fs/usr/bin/tool"), "x", 0o755).unwrap();
+        tree.link(&format!("{layer}/fs/usr/nowhere"), "/gone").unwrap();
+        tree.make_dir(&format!("{layer}/work/work"), 0).unwrap();
+        for (path, name) in [
+            ("usr", "user.overlay.impure"),
+            ("usr/bin", "user.overlay.opaque"),
+            ("usr/bin/tool", "user.overlay.origin"),
+            ("usr/bin/tool", "user.own"),
+        ] {
+            xattr::set(tree.path(&format!("{layer}/fs/{path}")), name, b"y").unwrap();
+        }
+        forget_overlays(&tree).unwrap();
+        let left = |path: &str| xattr::list(tree.path(&format!("{layer}/fs/{path}"))).unwrap().collect::<Vec<_>>();
+        assert_eq!((left("usr"), left("usr/bin"), left("usr/bin/tool")), (vec![], vec![], vec!["user.own".into()]));
+        assert_eq!(tree.list(&format!("{layer}/work")).unwrap(), Vec::<String>::new());
+    }
 
     #[test]
     fn databases_keep_everything_but_the_time_of_the_build() {

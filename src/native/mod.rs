@@ -287,6 +287,7 @@ impl<'b> Native<'b> {
         self.reporter.report(Stage::Seal, 0.0, "removing what belongs to the build");
         let root = self.root();
         within(&root, seal::seal)??;
+        within(&root, images::forget_overlays)??;
         let epoch = self.newest(installed.begin)?;
         within(&root, |tree| images::settle(tree, epoch))??;
         let BuildRequest { os, provider, firmware, release, packages, .. } = self.request;

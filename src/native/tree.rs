@@ -3,7 +3,10 @@
 use std::{
     fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::{OpenOptionsExt, PermissionsExt, chroot, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{OpenOptionsExt, PermissionsExt, chroot, symlink},
+    },
     path::{Path, PathBuf},
 };
 
@@ -184,6 +187,28 @@ impl Tree {
         }
         found.sort();
         Ok(found)
+    }
+
+    /// Takes extended attributes whose names begin with `prefix` away from a directory and everything below it, links not
+    /// followed.
+    pub fn remove_attributes(&self, directory: &str, prefix: &str) -> Result<(), TreeError> {
+        let mut places = vec![self.path(directory)];
+        while let Some(place) = places.pop() {
+            let mut remove = || {
+                let kind = fs::symlink_metadata(&place)?.file_type();
+                for name in xattr::list(&place)?.filter(|name| name.as_bytes().starts_with(prefix.as_bytes())) {
+                    xattr::remove(&place, name)?;
+                }
+                if kind.is_dir() {
+                    for entry in fs::read_dir(&place)? {
+                        places.push(entry?.path());
+                    }
+                }
+                Ok(())
+            };
+            told("take attributes away from", &place.to_string_lossy(), remove())?;
+        }
+        Ok(())
     }
 
     /// Empties a file and keeps its owner and permissions.

@@ -9,6 +9,7 @@ mod qcow2;
 mod raw;
 pub mod sparse;
 mod unpack;
+mod unvmdk;
 mod vmdk;
 
 use std::{

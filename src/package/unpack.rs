@@ -2,23 +2,32 @@
 
 use std::{
     fs::File,
-    io::{self, Read, Seek, SeekFrom, Write},
+    io::{self, BufReader, Read, Seek, SeekFrom, Write},
     path::Path,
 };
 
 use flate2::read::MultiGzDecoder;
+
+use super::unvmdk;
 
 /// What every gzip file begins with (RFC 1952).
 const GZIP: [u8; 2] = [0x1f, 0x8b];
 /// Bytes that become a hole when they are all zero.
 const BLOCK: usize = 64 << 10;
 
-/// Writes the raw disk in `image`, which is one itself or its gzip, to the new, sparse file `disk`.
+/// Writes the raw disk in `image`, which is one itself, its gzip or its streamOptimized VMDK, to the new, sparse file
+/// `disk`.
 pub fn unpack(image: &Path, disk: &Path) -> io::Result<()> {
     let mut image = File::open(image)?;
-    let mut magic = [0; 2];
-    let compressed = image.read_exact(&mut magic).is_ok() && magic == GZIP;
+    let mut magic = [0; 4];
+    let known = image.read_exact(&mut magic).is_ok();
+    let compressed = known && magic[..2] == GZIP;
     image.rewind()?;
+    if known && magic == unvmdk::MAGIC {
+        let disk = File::create_new(disk)?;
+        unvmdk::unpack(BufReader::with_capacity(BLOCK, image), &disk)?;
+        return disk.sync_all();
+    }
     let mut reader: Box<dyn Read> = if compressed { Box::new(MultiGzDecoder::new(image)) } else { Box::new(image) };
     let mut disk = File::create_new(disk)?;
     let mut block = vec![0; BLOCK];

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    cluster::{TestNamespace, kubectl, served_files, setting, status},
+    cluster::{IMAGE_FIELDS, TestNamespace, kubectl, served_files, setting, status},
     mirror::{Server, spec},
 };
 
@@ -60,6 +60,9 @@ async fn builds_publishes_and_boots_a_bare_metal_image() {
     assert_eq!(status["release"]["kubernetesVersion"], "v1.34.4");
     assert_eq!(status["phase"], "Ready");
     assert!(status["completionTime"].is_string() && status["startTime"].is_string());
+
+    let fields = status["image"].as_object().unwrap().keys().filter(|field| *field != "additionalURLs");
+    assert_eq!(fields.collect::<Vec<_>>(), IMAGE_FIELDS);
 
     // What the status says of the file is true, and so is the file beside it.
     let image = reqwest::get(url).await.unwrap().error_for_status().unwrap().bytes().await.unwrap();

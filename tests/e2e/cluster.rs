@@ -21,6 +21,9 @@ use serde_json::{Value, json};
 /// Where the chart is installed.
 pub const SYSTEM: &str = "node-image-builder";
 
+/// What the status says of an image for bare metal that is published at one place, whatever made it.
+pub const IMAGE_FIELDS: [&str; 7] = ["format", "name", "provenanceURL", "sbomURL", "sha256", "size", "virtualSize"];
+
 /// A value that `dev/e2e` hands over.
 pub fn setting(name: &str) -> String {
     env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the end-to-end tests by `make e2e`"))

@@ -24,9 +24,6 @@ use crate::{
     vsphere::{self, Vcenter},
 };
 
-/// Both sides have the mirror here, the second one in a network of its own.
-const ADDRESS: &str = "127.0.0.1:18480";
-
 /// Variables that would lead the way out.
 const PROXIES: [&str; 6] = ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "all_proxy", "ALL_PROXY"];
 
@@ -40,7 +37,7 @@ fn image_builder(dir: &Path) -> Command {
 }
 
 /// Serves the files below `roots`, the first one that has it.
-async fn serve(roots: Vec<PathBuf>) {
+async fn serve(listener: TcpListener, roots: Vec<PathBuf>) {
     let answer = move |request: Request| {
         let path = request.uri().path().trim_start_matches('/').to_owned();
         let file = roots.iter().map(|root| root.join(&path)).find(|file| file.is_file());
@@ -50,7 +47,6 @@ async fn serve(roots: Vec<PathBuf>) {
             Body::from_stream(tokio_util::io::ReaderStream::new(file)).into_response()
         }
     };
-    let listener = TcpListener::bind(ADDRESS).await.unwrap();
     axum::serve(listener, Router::new().fallback(answer)).await.unwrap();
 }
 
@@ -103,34 +99,37 @@ fn as_user(dir: &Path, scratch: &Path) -> Command {
     command
 }
 
-/// Downloads everything from a mirror of the release.
-async fn download(dir: &Path) {
+/// Downloads everything from a mirror of the release, and gives its address.
+async fn download(dir: &Path) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
     let documents = dir.join("documents");
     let mirror = PathBuf::from(setting("NIB_MIRROR_DIR"));
     let written = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/dev/mirror/documents"))
         .args([&mirror, &documents])
-        .arg(format!("http://{ADDRESS}"))
+        .arg(format!("http://{address}"))
         .status()
         .await
         .unwrap();
     assert!(written.success());
-    let internet = tokio::spawn(serve(vec![documents, mirror]));
-    let manifest = format!("http://{ADDRESS}/releases/eks-a/manifest.yaml");
+    let internet = tokio::spawn(serve(listener, vec![documents, mirror]));
+    let manifest = format!("http://{address}/releases/eks-a/manifest.yaml");
     for arguments in [&["manifests"][..], &["artifacts", "--release-channel", CHANNEL, "--eksa-release", "v0.26.1"]] {
         let mut command = image_builder(dir);
         command.arg("download").args(arguments).args(["--release-manifest-url", &manifest]);
         assert!(command.status().await.unwrap().success(), "{arguments:?}");
     }
     internet.abort();
+    address
 }
 
 /// Flags of the build, whose files are written into `dir`.
-fn flags(dir: &Path, vcenter: &str) -> Vec<String> {
+fn flags(dir: &Path, address: &str, vcenter: &str) -> Vec<String> {
     // The base has the packages of the recipe; the private package source has no newer ones.
     fs::create_dir_all(dir.join("mirror/debian")).unwrap();
     fs::write(dir.join("mirror/debian/Packages"), "").unwrap();
-    fs::write(dir.join("private.list"), format!("deb [trusted=yes] http://{ADDRESS}/debian ./\n")).unwrap();
-    let base = base(&format!("http://{ADDRESS}"));
+    fs::write(dir.join("private.list"), format!("deb [trusted=yes] http://{address}/debian ./\n")).unwrap();
+    let base = base(&format!("http://{address}"));
     let file = base["url"].as_str().unwrap().rsplit_once("/base/").unwrap().1.to_owned();
     let source = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base").join(file);
     fs::write(dir.join("motd"), "built without a network\n").unwrap();
@@ -151,8 +150,8 @@ fn flags(dir: &Path, vcenter: &str) -> Vec<String> {
         "iso_checksum_type": "sha256",
         "eksa_build_tooling_repo_url": "https://git.example.com/eks-anywhere-build-tooling.git",
         "image_builder_repo_url": "https://git.example.com/image-builder.git",
-        "private_artifacts_eksa_fqdn": format!("http://{ADDRESS}"),
-        "private_artifacts_eksd_fqdn": format!("http://{ADDRESS}"),
+        "private_artifacts_eksa_fqdn": format!("http://{address}"),
+        "private_artifacts_eksd_fqdn": format!("http://{address}"),
         "extra_repos": dir.join("private.list"),
         "disable_public_repos": "true",
     });
@@ -170,19 +169,21 @@ fn flags(dir: &Path, vcenter: &str) -> Vec<String> {
 async fn an_ordinary_user_builds_a_template_in_a_network_that_has_only_the_private_mirror_and_vcenter() {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let dir = tempfile::tempdir().unwrap();
-    download(dir.path()).await;
+    // The private mirror has the same address, in a network of its own.
+    let address = download(dir.path()).await;
     let here = dir.path().to_owned();
     let scratch = tempfile::tempdir().unwrap();
     let users = scratch.path().to_owned();
     let (output, machines) = tokio::task::spawn_blocking(move || {
         without_network(async move || {
             let vcenter = Vcenter::start_at("127.0.0.1");
-            let flags = flags(&here, &vcenter.server);
+            let flags = flags(&here, &address, &vcenter.server);
             // No documents here: those are in the archive alone.
             let roots = ["eks-a-artifacts", "eks-d-artifacts", "mirror"].map(|name| here.join(name));
             let base = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base");
             std::os::unix::fs::symlink(base, here.join("mirror/base")).unwrap();
-            let mirror = tokio::spawn(serve(roots.to_vec()));
+            let listener = TcpListener::bind(&address).await.unwrap();
+            let mirror = tokio::spawn(serve(listener, roots.to_vec()));
             add_user(&users);
             let mut build = as_user(&here, &users);
             let output = build.args(flags).env("EKSA_VSPHERE_PASSWORD", vsphere::PASSWORD).output().await.unwrap();

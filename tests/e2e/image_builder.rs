@@ -1,197 +1,159 @@
-//! The engine `ImageBuilder`: Debian's Packer and Ansible build on a disk that the other engine made, in a directory that is
-//! laid out like upstream's, and the result is booted and published as every image is. The program runs on the host as it
-//! runs in a pod; its artifacts come from the mirror.
+//! The engine `ImageBuilder` in the cluster: the Job runs in a container image that is laid out like upstream's, in which
+//! Debian's Packer and Ansible install the mirror's release on the mirror's disk, in a machine. The result is booted and
+//! published as every image is.
 
 use std::{
     fs,
-    io::{BufRead, BufReader},
+    io::Read,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
-use node_image_builder::{
-    contract::{BuildReport, FailureReport, ResolvedRelease, VERSION},
-    package,
-    release::{ReleaseQuery, Resolver},
-};
+use k8s_openapi::api::core::v1::Pod;
+use node_image_builder::{contract::Stage, package};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    cluster::{TestNamespace, served_files, setting},
+    cluster::{IMAGE_FIELDS, TestNamespace, condition, is, is_current, setting, status, until},
     mirror::{CHANNEL, spec},
 };
 
-/// Longest time for the build of the disk to start from.
-const BASE_LIMIT: Duration = Duration::from_secs(25 * 60);
-const BUILD_ID: &str = "0123456789";
+/// Longest time for a whole build, in machines that are software.
+const LIMIT: Duration = Duration::from_secs(40 * 60);
+const NAME: &str = "ubuntu-2204";
+/// What a machine's command line says of its disk, as the pod sees it.
+const OUTPUT: &str = "file=/work/build/output";
 
-/// A disk in the mirror; it goes with this.
-struct Base {
-    path: PathBuf,
-    sha256: String,
+/// The disk that the machine starts from: URL and digest.
+fn disk() -> (String, String) {
+    let sums = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base/debian-12.qcow2.sha256");
+    let sums = fs::read_to_string(sums).unwrap();
+    let (digest, name) = sums.trim().split_once("  ").unwrap();
+    (format!("{}/base/{name}", setting("NIB_MIRROR_URL")), digest.to_owned())
 }
 
-impl Base {
-    /// From an image that the artifact server has, else from one that is built now.
-    async fn make(work: &Path) -> Self {
-        let find = || served_files().into_iter().find(|file| file.extension().is_some_and(|found| found == "gz"));
-        if find().is_none() {
-            let namespace = TestNamespace::create("disk").await;
-            namespace.apply("disk", spec()).await;
-            namespace.wait_ready("disk", BASE_LIMIT).await;
-            namespace.delete().await;
-        }
-        let image = find().expect("the image stays when its resource is deleted");
-        let raw = work.join("base.raw");
-        package::unpack(&image, &raw).unwrap();
-        let path = PathBuf::from(setting("NIB_MIRROR_DIR")).join("base/image-builder-test.qcow2");
-        let converted = Command::new("qemu-img").args(["convert", "-O", "qcow2"]).args([&raw, &path]).status().unwrap();
-        assert!(converted.success(), "qemu-img convert");
-        fs::remove_file(raw).unwrap();
-        let mut hash = Sha256::new();
-        let mut file = BufReader::with_capacity(1 << 20, fs::File::open(&path).unwrap());
-        loop {
-            let block = file.fill_buf().unwrap();
-            if block.is_empty() {
-                break;
-            }
-            hash.update(block);
-            let count = block.len();
-            file.consume(count);
-        }
-        Self { path, sha256: hex::encode(hash.finalize()) }
-    }
+fn packer_spec(suspend: bool) -> Value {
+    let (url, sha256) = disk();
+    let mut spec = spec();
+    spec["engine"] = json!("ImageBuilder");
+    spec["os"] = json!({"name": "ubuntu", "version": "22.04"});
+    spec["base"] = json!({"url": url, "sha256": sha256});
+    spec["files"] = json!([{"path": "/etc/motd", "content": "built by Packer\n"}]);
+    spec["verify"] = json!({"timeoutSeconds": 1800});
+    spec["build"]["retries"] = json!(0);
+    spec["suspend"] = json!(suspend);
+    spec
 }
 
-impl Drop for Base {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-async fn release() -> ResolvedRelease {
-    let query = ReleaseQuery {
-        manifest_url: format!("{}/releases/eks-a/manifest.yaml", setting("NIB_MIRROR_URL")),
-        eksa_release: None,
-        channel: CHANNEL.to_owned(),
-        rewrite: vec![],
-        signatures: node_image_builder::contract::Signatures::Off,
-    };
-    Resolver::new(reqwest::Client::new()).resolve(&query).await.unwrap()
-}
-
-fn document(release: &ResolvedRelease, base: &Base, out: &Path) -> Value {
-    let url = format!("{}/base/{}", setting("NIB_MIRROR_URL"), base.path.file_name().unwrap().display());
-    json!({
-        "version": VERSION,
-        "identity": {"namespace": "local", "name": "packer", "buildId": BUILD_ID},
-        "os": {"name": "ubuntu", "version": "22.04"},
-        "provider": "baremetal",
-        "firmware": "efi",
-        "release": release,
-        "engine": {"imageBuilder": {"timeoutSeconds": 1500}},
-        "base": {"url": url, "checksum": {"sha256": base.sha256}},
-        "diskSizeMib": 6656,
-        "files": [{
-            "path": "/etc/motd", "owner": "root", "group": "root", "mode": "0644",
-            "content": {"inline": "built by Packer\n"},
-        }],
-        "verify": {"boot": "Required", "accelerator": "Any", "timeoutSeconds": 1200},
-        "publish": [{"directory": {"path": out}}],
-    })
-}
-
-/// A run of the program in `work`.
-fn start(work: &Path, document: &Value) -> Child {
-    fs::write(work.join("build.json"), document.to_string()).unwrap();
-    let upstream = work.join("upstream");
-    if !upstream.exists() {
-        let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/imagebuilder/upstream");
-        let copied = Command::new("cp").arg("-r").args([&ours, &upstream]).status().unwrap();
-        assert!(copied.success(), "cp -r {}", ours.display());
-    }
-    Command::new(setting("NIB_BINARY"))
-        .arg("run")
-        .arg("--build")
-        .arg(work.join("build.json"))
-        .arg("--work-dir")
-        .arg(work.join("work"))
-        .arg("--report")
-        .arg(work.join("report"))
-        .arg("--upstream")
-        .arg(&upstream)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-/// Reads progress until `wanted` is said, or to the end; gives the stages.
-fn follow(child: &mut Child, wanted: Option<&str>) -> Vec<String> {
-    let mut stages: Vec<String> = vec![];
-    // Lines after `wanted` have a reader as well: the program goes on to write them.
-    for line in BufReader::new(child.stdout.as_mut().unwrap()).lines() {
-        let line: Value = serde_json::from_str(&line.unwrap()).unwrap_or_default();
-        let Some(stage) = line["progress"]["stage"].as_str() else { continue };
-        if stages.last().is_none_or(|last| last != stage) {
-            eprintln!("  {}% {stage}", line["progress"]["percent"]);
-            stages.push(stage.to_owned());
-        }
-        if wanted.is_some_and(|wanted| line["progress"]["message"].as_str().unwrap_or_default().contains(wanted)) {
-            break;
-        }
-    }
-    stages
-}
-
-fn report(work: &Path) -> BuildReport {
-    serde_json::from_str(&fs::read_to_string(work.join("report")).unwrap()).unwrap()
-}
-
-/// Command lines of processes that speak of `text`.
+/// Command lines of processes, those of pods among them, that speak of `text`.
 fn processes(text: &str) -> Vec<String> {
     let read = |entry: std::io::Result<fs::DirEntry>| fs::read(entry.ok()?.path().join("cmdline")).ok();
     let lines = fs::read_dir("/proc").unwrap().filter_map(read);
     lines.map(|line| String::from_utf8_lossy(&line).replace('\0', " ")).filter(|line| line.contains(text)).collect()
 }
 
+/// The log of a pod, from now on to its end.
+fn follow_log(namespace: &TestNamespace, pod: &Pod) -> Child {
+    let name = pod.metadata.name.as_deref().unwrap();
+    let kubectl = Command::new("kubectl")
+        .args(["logs", "--follow", "--container", "build", "-n", &namespace.name, name])
+        .stdout(Stdio::piped())
+        .spawn();
+    kubectl.unwrap()
+}
+
+/// A file of an ext4 file system that begins somewhere in a disk.
+fn read_file(disk: &Path, offset: u64, path: &str) -> String {
+    let device = format!("{}?offset={offset}", disk.display());
+    let output = Command::new("debugfs").args(["-R", &format!("cat {path}"), &device]).output().unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
 #[tokio::test]
-async fn packer_builds_an_image_that_boots_and_cleans_up_when_it_is_stopped() {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    let work = tempfile::tempdir_in(setting("NIB_MIRROR_DIR")).unwrap();
-    let work = work.path();
-    let out = work.join("out");
-    fs::create_dir(&out).unwrap();
-    let base = Base::make(work).await;
-    let document = document(&release().await, &base, &out);
+async fn packer_and_ansible_build_an_image_in_the_cluster_and_a_stopped_build_leaves_nothing() {
+    let namespace = TestNamespace::create("packer").await;
 
-    // Stopped while the machine runs, Packer ends it and removes its disk.
-    let mut stopped = start(work, &document);
-    follow(&mut stopped, Some("Waiting for SSH"));
-    let machines = work.join("work/build/output").display().to_string();
-    assert!(!processes(&machines).is_empty(), "no machine runs");
-    kill(Pid::from_raw(stopped.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
-    follow(&mut stopped, None);
-    assert_eq!(stopped.wait().unwrap().code(), Some(130));
-    assert!(matches!(report(work), BuildReport::Failed(FailureReport { ref reason, .. }) if reason == "Cancelled"));
-    assert_eq!(processes(&machines), [""; 0]);
-    assert!(!work.join("work/build").exists(), "something is left of the build that was stopped");
+    // Stopped while the machine runs, Packer ends it and removes its disk before the pod goes.
+    namespace.apply(NAME, packer_spec(false)).await;
+    namespace
+        .wait(NAME, LIMIT, "in its machine", |build| {
+            assert!(!is(build, "Stalled"), "{}", status(build));
+            let message = status(build)["progress"]["message"].as_str().unwrap_or_default().to_owned();
+            message.contains("Waiting for SSH").then_some(())
+        })
+        .await;
+    assert!(!processes(OUTPUT).is_empty(), "no machine runs");
+    let [pod] = &namespace.pods().await[..] else { panic!("not one pod") };
+    let images = |containers: &[k8s_openapi::api::core::v1::Container]| -> Vec<_> {
+        containers.iter().map(|container| container.image.clone().unwrap()).collect()
+    };
+    let of_pod = pod.spec.as_ref().unwrap();
+    assert_eq!(images(of_pod.init_containers.as_ref().unwrap()), ["localhost/node-image-builder/builder:dev"]);
+    assert_eq!(images(&of_pod.containers), [setting("NIB_UPSTREAM_IMAGE")]);
+    let mut log = follow_log(&namespace, pod);
+    namespace.apply(NAME, packer_spec(true)).await;
+    until(Duration::from_secs(300), "nothing is left of the build that was stopped", async || {
+        let gone = namespace.pods().await.is_empty() && namespace.leftovers().await.is_empty();
+        gone && processes(OUTPUT).is_empty()
+    })
+    .await;
+    let mut said = String::new();
+    log.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    log.wait().unwrap();
+    assert!(said.contains("\"reason\":\"Cancelled\""), "it was killed: {said}");
 
-    let mut built = start(work, &document);
-    let stages = follow(&mut built, None);
-    let code = built.wait().unwrap().code();
-    let BuildReport::Succeeded(outcome) = report(work) else { panic!("{code:?}: {:?}", report(work)) };
-    assert_eq!(stages, ["Prepare", "Fetch", "Install", "Seal", "Assemble", "Verify", "Publish"]);
-    assert!(outcome.verification.starts_with("booted with "), "{}", outcome.verification);
-    assert_eq!(outcome.image.base_digest, Some(format!("sha256:{}", base.sha256)));
-    assert_eq!(outcome.image.virtual_size, 6656 << 20);
-    let image = fs::read(out.join("ubuntu-2204-kube-1-34.gz")).unwrap();
-    assert_eq!(outcome.image.sha256, hex::encode(Sha256::digest(&image)));
-    eprintln!("  {}; stages {:?}", outcome.verification, outcome.stage_seconds);
-    assert!(!work.join("work/build").exists());
+    // Wanted again, it is built.
+    namespace.apply(NAME, packer_spec(false)).await;
+    let mut stages: Vec<String> = vec![];
+    let ready = namespace
+        .wait(NAME, LIMIT, "Ready", |build| {
+            let now = status(build);
+            if let Some(stage) =
+                now["progress"]["stage"].as_str().filter(|stage| stages.last().is_none_or(|last| last != stage))
+            {
+                eprintln!("  {}% {stage}", now["progress"]["percent"]);
+                stages.push(stage.to_owned());
+            }
+            assert!(!is(build, "Stalled"), "{:?}", condition(build, "Stalled"));
+            (is_current(build) && is(build, "Ready")).then_some(now)
+        })
+        .await;
+    assert!(stages.is_sorted_by_key(|stage| Stage::ALL.iter().position(|one| one.as_str() == stage)), "{stages:?}");
+    assert!(stages.contains(&"Seal".to_owned()) && stages.contains(&"Verify".to_owned()), "{stages:?}");
+    eprintln!("  {}; stages {}", ready["verification"], ready["stageSeconds"]);
+
+    // The status is what it is with the other engine.
+    let url = ready["imageURL"].as_str().unwrap();
+    assert!(url.ends_with(&format!("/ubuntu-2204-kube-{CHANNEL}.gz")), "{url}");
+    assert_eq!(ready["phase"], "Ready");
+    assert_eq!(ready["release"]["kubernetesVersion"], "v1.34.4");
+    let fields: Vec<_> = ready["image"].as_object().unwrap().keys().collect();
+    assert_eq!(fields, IMAGE_FIELDS);
+    assert_eq!(ready["image"]["virtualSize"], json!(6656_u64 << 20));
+    let provenance: Value =
+        reqwest::get(ready["image"]["provenanceURL"].as_str().unwrap()).await.unwrap().json().await.unwrap();
+    let base = &provenance["predicate"]["buildDefinition"]["resolvedDependencies"][0];
+    assert_eq!((&base["name"], &base["digest"]["sha256"]), (&json!("base"), &json!(disk().1)));
+
+    // So is the image: a gzip of a disk whose second partition is the root file system, and the file of the spec is in it.
+    let image = reqwest::get(url).await.unwrap().error_for_status().unwrap().bytes().await.unwrap();
+    assert_eq!(ready["image"]["sha256"], json!(hex::encode(Sha256::digest(&image))));
+    let dir = tempfile::tempdir_in(setting("NIB_MIRROR_DIR")).unwrap();
+    let (file, raw) = (dir.path().join("image.gz"), dir.path().join("image.raw"));
+    fs::write(&file, &image).unwrap();
+    package::unpack(&file, &raw).unwrap();
+    let table = Command::new("sfdisk").arg("--json").arg(&raw).output().unwrap();
+    let table: Value = serde_json::from_slice(&table.stdout).unwrap();
+    let partitions = &table["partitiontable"]["partitions"];
+    assert_eq!(partitions[0]["type"], "C12A7328-F81F-11D2-BA4B-00A0C93EC93B", "{table}");
+    assert_eq!(partitions[0]["size"], json!((512_u64 << 20) / 512), "{table}");
+    let root = partitions[1]["start"].as_u64().unwrap() * 512;
+    assert_eq!(read_file(&raw, root, "/etc/motd"), "built by Packer\n");
+
+    // Deleted, the record and its objects go; the image stays.
+    namespace.delete_build(NAME).await;
+    assert_eq!(reqwest::get(url).await.unwrap().status(), 200);
+    namespace.delete().await;
 }

@@ -25,4 +25,5 @@ mod redhat;
 mod support {
     pub mod tls;
 }
+mod user_namespaces;
 mod vsphere;

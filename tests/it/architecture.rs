@@ -27,7 +27,7 @@ const FORBIDDEN: &[(&str, &[&str])] = &[
     ("fetch", &["api", "release", "package", "native", "publish", "build", "cli", "controller", "serve"]),
     ("package", &["api", "release", "fetch", "native", "publish", "build", "cli", "controller", "serve"]),
     ("native", &["api", "release", "imagebuilder", "publish", "build", "cli", "controller", "serve"]),
-    ("imagebuilder", &["api", "release", "fetch", "package", "publish", "build", "cli", "controller", "serve"]),
+    ("imagebuilder", &["api", "release", "fetch", "publish", "build", "cli", "controller", "serve"]),
     ("publish", &["api", "release", "native", "imagebuilder", "build", "cli", "controller", "serve"]),
     ("serve", &["api", "release", "fetch", "native", "publish", "build", "cli", "controller"]),
     ("build", &["api", "cli", "controller", "serve"]),

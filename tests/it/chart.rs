@@ -186,6 +186,10 @@ fn the_device_plugin_may_label_nodes_and_builds_ask_for_its_device() {
 
     let with = template(&chart().join("ci/everything.yaml")).unwrap();
     assert_eq!(environment(&with)["IMAGE_BUILDER_KVM_RESOURCE"], RESOURCE);
+    for (objects, wanted) in [(&without, None), (&with, Some("true"))] {
+        let set = environment(objects).get("IMAGE_BUILDER_BUILDER_USER_NAMESPACES").cloned();
+        assert_eq!(set.as_deref(), wanted);
+    }
     let [plugin] = &of_kind(&with, "DaemonSet")[..] else { panic!("{with:#?}") };
     let pod = &plugin["spec"]["template"]["spec"];
     assert_eq!(pod["containers"][0]["image"], environment(&with)["IMAGE_BUILDER_BUILDER_IMAGE"], "the image with QEMU");

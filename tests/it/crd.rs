@@ -412,6 +412,14 @@ fn field_rules() -> Vec<FieldRule> {
             merged(cloned(json!({"linkedClone": true})), json!({"engine": "Native"})),
         ),
         rule(
+            "the engine ImageBuilder runs Packer, which knows no vsphere.thumbprint: write vCenter's authority as trustBundle, or insecure: true",
+            merged(on_vsphere(json!({})), json!({"engine": "ImageBuilder"})),
+            merged(
+                on_vsphere(json!({"thumbprint": "00".to_owned() + &":00".repeat(19)})),
+                json!({"engine": "ImageBuilder"}),
+            ),
+        ),
+        rule(
             "only redhat has a subscription: leave it out",
             satellite(json!({})),
             metal(json!({"subscription": {"credentialsSecretRef": {"name": "subscription"}}})),

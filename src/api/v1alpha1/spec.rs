@@ -71,6 +71,9 @@ use crate::contract::{Firmware, OsName, Provider, Proxy};
     validation = Rule::new("self.engine == 'ImageBuilder' || !has(self.vsphere) || !has(self.vsphere.template)")
         .message("only the engine ImageBuilder builds in a clone of vsphere.template: write engine: ImageBuilder, or base instead")
         .field_path(".vsphere"),
+    validation = Rule::new("self.engine != 'ImageBuilder' || !has(self.vsphere) || !has(self.vsphere.thumbprint)")
+        .message("the engine ImageBuilder runs Packer, which knows no vsphere.thumbprint: write vCenter's authority as trustBundle, or insecure: true")
+        .field_path(".vsphere"),
     validation = Rule::new("self.os.name == 'redhat' || !has(self.subscription)")
         .message("only redhat has a subscription: leave it out")
         .field_path(".subscription"),

@@ -25,7 +25,7 @@ pub struct Vsphere {
     /// Host name or address of vCenter, optionally with a port (default 443), e.g. `vcenter.example.com`.
     #[schemars(schema_with = "schema::host")]
     pub server: String,
-    /// Secret with the keys `username` and `password`.
+    /// Secret with the keys `username` and `password`; with `template` also `sshPassword`.
     pub credentials_secret_ref: SecretReference,
     /// Whether vCenter's certificate goes unchecked. Default `false`; better is `thumbprint` or `spec.trustBundle`.
     #[serde(default)]
@@ -78,8 +78,9 @@ pub struct Vsphere {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 80))]
     pub content_library: Option<String>,
-    /// Template in vCenter to clone and build in, instead of a new disk, e.g. `ubuntu-22.04-base`. Only with
-    /// `engine: ImageBuilder`.
+    /// Template in vCenter to clone and build in, instead of a new disk, by its name in the datacenter's VM folder or its
+    /// path below that, e.g. `templates/base-ubuntu-2204`. It has the account `builder` that upstream's recipe makes, whose
+    /// password the Secret has as `sshPassword`. Only with `engine: ImageBuilder`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     pub template: Option<String>,

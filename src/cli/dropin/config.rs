@@ -44,6 +44,8 @@ pub(super) struct VsphereKeys {
     pub(super) server: Option<String>,
     pub(super) username: Option<SecretString>,
     pub(super) password: Option<SecretString>,
+    /// Of the account in the template that is cloned.
+    pub(super) ssh_password: Option<SecretString>,
     pub(super) insecure: bool,
     pub(super) datacenter: Option<String>,
     pub(super) cluster: Option<String>,
@@ -107,6 +109,7 @@ impl Config {
             server: keys.text("vcenter_server")?,
             username: logins.secret(keys, "username", "EKSA_VSPHERE_USERNAME")?,
             password: logins.secret(keys, "password", "EKSA_VSPHERE_PASSWORD")?,
+            ssh_password: logins.secret(keys, "ssh_password", "SSH_PASSWORD")?,
             insecure: keys.truth("insecure_connection")?.unwrap_or_default(),
             datacenter: keys.text("datacenter")?,
             cluster: keys.text("cluster")?,

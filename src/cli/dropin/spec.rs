@@ -17,7 +17,7 @@ use crate::{
         BareMetal, Base, Build, DeletionPolicy, Engine, Epel, History, ImageBuilder, NodeImageBuildSpec, Nutanix,
         NutanixCluster, Os, Packages, SecretReference, Source, Subscription, Verify, Vsphere,
     },
-    contract::{CredentialSlot, Firmware, OsName},
+    contract::{CredentialSlot, Firmware, OsName, SSH_PASSWORD},
 };
 
 /// Endings of root file system archives, which the native engine starts from.
@@ -73,16 +73,15 @@ pub(crate) fn translate(wanted: Wanted, name: &str, warnings: &mut Vec<String>) 
             disk_size = size.map(|mib| format!("{mib}Mi"));
         }
         ProviderKeys::Vsphere(keys) => {
-            vsphere = Some(vsphere_spec(
-                keys,
-                choice.builder,
-                login(
-                    name,
-                    "vsphere",
-                    &mut secrets,
-                    [("username", keys.username.as_ref()), ("password", keys.password.as_ref())],
-                ),
-            ));
+            let known = [("username", keys.username.as_ref()), ("password", keys.password.as_ref())];
+            let secret = if choice.builder == Builder::Clone {
+                let [username, password] = known;
+                let account = (SSH_PASSWORD, keys.ssh_password.as_ref());
+                login(name, "vsphere", &mut secrets, [username, password, account])
+            } else {
+                login(name, "vsphere", &mut secrets, known)
+            };
+            vsphere = Some(vsphere_spec(keys, choice.builder, secret));
         }
         ProviderKeys::Nutanix(keys) => {
             disk_size = keys.image_size.map(|gib| format!("{gib}Gi"));

@@ -9,8 +9,9 @@ use k8s_openapi::{
             PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
         },
         core::v1::{
-            Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, KeyToPath, PodSpec, PodTemplateSpec,
-            ResourceRequirements, SecretVolumeSource, SecurityContext, Toleration, Volume, VolumeMount,
+            AppArmorProfile, Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, KeyToPath, PodSpec,
+            PodTemplateSpec, ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, Toleration,
+            Volume, VolumeMount,
         },
     },
     apimachinery::pkg::{api::resource::Quantity, apis::meta::v1::ObjectMeta},
@@ -21,7 +22,9 @@ use super::{
     Identity,
     secret::{DOCUMENT, TOKEN},
 };
-use crate::contract::{BUILD_CONTAINER, BUILD_FILE, CREDENTIALS_DIR, CredentialSlot, FailureClass, WORK_DIR};
+use crate::contract::{
+    BUILD_CONTAINER, BUILD_FILE, CREDENTIALS_DIR, CredentialSlot, FailureClass, USER_NAMESPACE_FLAG, WORK_DIR,
+};
 
 /// Directory of [`BUILD_FILE`].
 const BUILD_DIR: &str = "/etc/image-builder/build";
@@ -37,6 +40,11 @@ const PROGRAM_DIR: &str = "/opt/image-builder";
 const COPY_USER: i64 = 65532;
 /// Only the owner, root, reads what comes from Secrets.
 const SECRET_MODE: i32 = 0o400;
+
+/// What a build does as root of its pod's user namespace: it mounts and enters the image's root (`SYS_ADMIN`, `SYS_CHROOT`),
+/// gives its files owners, modes and capabilities, and lets package managers become other users and end them.
+const CAPABILITIES: [&str; 10] =
+    ["CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETFCAP", "SETGID", "SETUID", "SYS_ADMIN", "SYS_CHROOT"];
 
 /// Exit codes that the build process uses, by class.
 pub const EXIT_CODES: [FailureClass; 5] = [
@@ -61,6 +69,8 @@ pub struct JobInputs<'a> {
     /// Where the upload token goes, when there is one.
     pub token_slot: Option<&'a CredentialSlot>,
     pub resources: ResourceRequirements,
+    /// Whether the pod's root is root of a user namespace only, and not privileged.
+    pub user_namespace: bool,
     /// A device that the build needs, as the resource that nodes have of it.
     pub device: Option<&'a str>,
     pub node_selector: BTreeMap<String, String>,
@@ -80,6 +90,7 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         references,
         token_slot,
         mut resources,
+        user_namespace,
         device,
         node_selector,
         tolerations,
@@ -105,26 +116,26 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
     }
     let Mounts { volumes, mounts } = mounts;
 
+    let mut args = ["run", "--build", BUILD_FILE].map(str::to_owned).to_vec();
+    if user_namespace {
+        args.push(USER_NAMESPACE_FLAG.to_owned());
+    }
     let container = Container {
         name: BUILD_CONTAINER.to_owned(),
         image: Some(upstream_image.unwrap_or(image).to_owned()),
         command: upstream_image.map(|_| vec![program()]),
-        args: Some(["run", "--build", BUILD_FILE].map(str::to_owned).to_vec()),
+        args: Some(args),
         working_dir: Some(WORK_DIR.to_owned()),
         resources: Some(resources),
         volume_mounts: Some(mounts),
-        // Mounting file systems in a chroot, and /dev/kvm, need it.
-        security_context: Some(SecurityContext {
-            privileged: Some(true),
-            run_as_user: Some(0),
-            ..SecurityContext::default()
-        }),
+        security_context: Some(rights(user_namespace)),
         termination_message_policy: Some("File".to_owned()),
         ..Container::default()
     };
     let pod = PodSpec {
         init_containers: upstream_image.map(|_| vec![copy_program(image)]),
         containers: vec![container],
+        host_users: user_namespace.then_some(false),
         volumes: Some(volumes),
         restart_policy: Some("Never".to_owned()),
         automount_service_account_token: Some(false),
@@ -155,6 +166,33 @@ pub fn job(inputs: JobInputs<'_>) -> Job {
         }),
         status: None,
     }
+}
+
+/// Rights of the build container.
+fn rights(user_namespace: bool) -> SecurityContext {
+    let root = SecurityContext { run_as_user: Some(0), ..SecurityContext::default() };
+    if !user_namespace {
+        // Mounting file systems in a chroot, and /dev/kvm, need it.
+        return SecurityContext { privileged: Some(true), ..root };
+    }
+    SecurityContext {
+        capabilities: Some(Capabilities {
+            drop: Some(vec!["ALL".to_owned()]),
+            add: Some(CAPABILITIES.map(str::to_owned).to_vec()),
+        }),
+        // The kernel lets a user namespace mount another /proc only where nothing of the pod's own is hidden.
+        proc_mount: Some("Unmasked".to_owned()),
+        // The runtime's profile for seccomp goes by the capabilities; that for AppArmor forbids all mounts.
+        seccomp_profile: Some(SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }),
+        app_armor_profile: Some(AppArmorProfile { type_: "Unconfined".to_owned(), localhost_profile: None }),
+        ..root
+    }
+}
+
+/// Whether the build of a Job is one by Packer: only such a Job has this program copied into another image.
+pub fn runs_packer(job: &Job) -> bool {
+    let pod = job.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
+    pod.and_then(|pod| pod.init_containers.as_ref()).is_some_and(|containers| !containers.is_empty())
 }
 
 /// Volumes and where the container finds them.
@@ -307,6 +345,10 @@ mod tests {
     use super::*;
 
     fn pod(upstream_image: Option<&str>, device: Option<&str>) -> PodSpec {
+        pod_with(upstream_image, device, false)
+    }
+
+    fn pod_with(upstream_image: Option<&str>, device: Option<&str>, user_namespace: bool) -> PodSpec {
         let identity = Identity {
             namespace: "images".into(),
             name: "ubuntu".into(),
@@ -322,6 +364,7 @@ mod tests {
             references: &[],
             token_slot: None,
             resources: ResourceRequirements::default(),
+            user_namespace,
             device,
             node_selector: BTreeMap::new(),
             tolerations: vec![],
@@ -355,6 +398,26 @@ mod tests {
         let pod = pod(None, None);
         assert_eq!(pod.init_containers, None);
         assert_eq!((pod.containers[0].image.as_deref(), &pod.containers[0].command), (Some("ours"), &None));
+    }
+
+    #[test]
+    fn a_build_in_a_user_namespace_is_not_privileged_and_makes_sure_of_its_namespace() {
+        let rights = |pod: &PodSpec| pod.containers[0].security_context.clone().unwrap();
+        let flagged = |pod: &PodSpec| pod.containers[0].args.clone().unwrap().contains(&USER_NAMESPACE_FLAG.to_owned());
+        let privileged = pod_with(None, None, false);
+        assert_eq!((privileged.host_users, rights(&privileged).privileged), (None, Some(true)));
+        assert!(!flagged(&privileged));
+        let pod = pod_with(None, None, true);
+        let SecurityContext { privileged, run_as_user, capabilities, proc_mount, .. } = rights(&pod);
+        assert_eq!((pod.host_users, privileged, run_as_user), (Some(false), None, Some(0)));
+        assert!(flagged(&pod));
+        assert_eq!(proc_mount.as_deref(), Some("Unmasked"));
+        let Capabilities { add, drop } = capabilities.unwrap();
+        assert_eq!(drop.unwrap(), ["ALL"]);
+        // What reaches beyond the namespace, or only looks as if.
+        for beyond in ["SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "NET_ADMIN", "NET_RAW", "MKNOD"] {
+            assert!(!add.as_ref().unwrap().contains(&beyond.to_owned()), "{beyond}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{
+    packer::PackerPlace,
     soap::Moref,
     vim::{ImportPlace, Properties},
 };
@@ -40,6 +41,7 @@ struct Entity {
 /// The objects that a target names.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Place {
+    pub(super) datacenter: Moref,
     pub(super) pool: Moref,
     /// Only where the target names a host of a cluster.
     pub(super) host: Option<Moref>,
@@ -52,7 +54,7 @@ pub(super) struct Place {
 
 impl Place {
     pub(super) fn for_import(&self) -> ImportPlace<'_> {
-        let Self { pool, host, folder, folder_path: _, datastore, network } = self;
+        let Self { datacenter: _, pool, host, folder, folder_path: _, datastore, network } = self;
         ImportPlace { pool, host: host.as_ref(), folder, datastore, network }
     }
 }
@@ -100,10 +102,29 @@ impl Inventory {
         match (pool, datastore, network, folder) {
             (Some(pool), Some(datastore), Some(network), Some(folder)) if problems.is_empty() => {
                 let host = within.filter(|place| place.kind == "HostSystem");
-                Ok(Place { pool, host, folder_path: self.path(&folder), folder, datastore, network })
+                Ok(Place { datacenter, pool, host, folder_path: self.path(&folder), folder, datastore, network })
             }
             _ => Err(problems),
         }
+    }
+
+    /// A place in the words of upstream's templates. Packer looks for folders and pools below others, and for everything
+    /// else where it is told to.
+    pub(super) fn for_packer(&self, place: &Place) -> PackerPlace {
+        let Place { datacenter, pool, host, folder: _, folder_path, datastore, network } = place;
+        let compute = self.ancestors(pool).find(|object| COMPUTE.contains(&object.kind.as_str()));
+        let compute = compute.map(|object| self.path(object)).unwrap_or_default();
+        let below = |path: &str, above: &str| path.strip_prefix(above).unwrap_or(path).trim_matches('/').to_owned();
+        let mut names = PackerPlace::from([
+            ("datacenter", self.path(datacenter)),
+            ("resource_pool", below(&self.path(pool), &format!("{compute}/Resources"))),
+            ("cluster", compute),
+            ("datastore", self.path(datastore)),
+            ("network", self.path(network)),
+            ("folder", below(folder_path, &format!("{}/vm", self.path(datacenter)))),
+        ]);
+        names.extend(host.as_ref().map(|host| ("host", self.path(host))));
+        names
     }
 
     fn name<'i>(&'i self, object: &'i Moref) -> &'i str {
@@ -339,6 +360,34 @@ mod tests {
         assert_eq!((place.pool.id.as_str(), place.host.as_ref().map(|host| host.id.as_str())), (pool, host));
         assert_eq!(place.folder_path, "/dc1/vm");
         assert_eq!(place.datastore.id, "/dc1/datastore/pod/ds1");
+    }
+
+    #[rstest]
+    #[case::cluster(|_: &mut VsphereTarget| (), ["/dc1/host/c1", "", ""], None)]
+    #[case::pool_by_path(
+        |t: &mut VsphereTarget| {
+            t.cluster = None;
+            t.resource_pool = Some("/dc1/host/c2/Resources/images".into());
+        },
+        ["/dc1/host/c2", "images", ""], None)]
+    #[case::folder_by_path(
+        |t: &mut VsphereTarget| t.folder = Some("/dc1/vm/team/templates".into()),
+        ["/dc1/host/c1", "", "team/templates"], None)]
+    #[case::host_of_a_cluster(
+        |t: &mut VsphereTarget| t.cluster = Some("h1".into()), ["/dc1/host/c1", "", ""], Some("/dc1/host/c1/h1"))]
+    fn packer_is_told_the_very_objects_that_were_found(
+        #[case] change: fn(&mut VsphereTarget),
+        #[case] expected: [&str; 3],
+        #[case] host: Option<&str>,
+    ) {
+        let mut target = target();
+        change(&mut target);
+        let inventory = sample();
+        let names = inventory.for_packer(&inventory.resolve(&target).unwrap());
+        assert_eq!([&names["cluster"], &names["resource_pool"], &names["folder"]], expected);
+        assert_eq!(names.get("host").map(String::as_str), host);
+        let others = [&names["datacenter"], &names["datastore"], &names["network"]];
+        assert_eq!(others, ["/dc1", "/dc1/datastore/pod/ds1", "/dc1/network/VM Network"]);
     }
 
     #[test]

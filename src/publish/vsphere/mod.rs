@@ -7,6 +7,7 @@ mod error;
 mod import;
 mod inventory;
 mod library;
+pub mod packer;
 mod privileges;
 mod rest;
 mod soap;
@@ -25,6 +26,7 @@ use self::{
     import::{Import, UPLOAD_TIMEOUT},
     inventory::{Inventory, KINDS, Place},
     library::Library,
+    packer::PackerPlace,
     rest::Rest,
     soap::Endpoint,
     tls::{Refused, Trust},
@@ -122,7 +124,8 @@ impl Vsphere {
     async fn check(&self, session: &Session, rest: &Rest<'_>, request: &BuildRequest) -> Result<(), VsphereError> {
         let vim = &session.vim;
         let place = self.place(vim).await?;
-        privileges::check(vim, &self.target, &place, &vim.content.root).await?;
+        let by_packer = !request.engine.is_native();
+        privileges::check(vim, &self.target, &place, &vim.content.root, by_packer).await?;
         let datastore = vim.properties(&place.datastore, &["summary.freeSpace"]).await?;
         let free = datastore.text("summary.freeSpace").and_then(|free| free.parse().ok()).unwrap_or(u64::MAX);
         let needed = request.disk_size_mib << 20;
@@ -133,6 +136,18 @@ impl Vsphere {
             Some(name) => self.library(session, rest, &session.client, name).check_name(request).await,
             None => import::occupant(vim, &place, &self.target, request).await.map(drop),
         }
+    }
+
+    /// What Packer is told about where the target is.
+    pub async fn packer_place(&self) -> Result<PackerPlace, VsphereError> {
+        let session = self.interruptible(self.open()).await?;
+        let work = async {
+            let inventory = self.inventory(&session.vim).await?;
+            Ok(inventory.for_packer(&self.resolve(&session.vim, &inventory)?))
+        };
+        let result = self.interruptible(work).await;
+        session.close(&session.rest()).await;
+        result
     }
 
     /// Puts the image, which is packaged as OVA, where the target says. When it fails or is cancelled, what it made is
@@ -219,6 +234,9 @@ impl Vsphere {
         let build_id = &request.identity.build_id;
         let work = async {
             let place = self.place(&session.vim).await?;
+            if !request.engine.is_native() {
+                packer::clean(&session.vim, &place, build_id).await?;
+            }
             if let Some(library) = &self.target.content_library {
                 let library = self.library(&session, &rest, &session.client, library);
                 library.clean(build_id).await?;
@@ -274,7 +292,14 @@ impl Vsphere {
 
     /// The objects that the target names.
     async fn place(&self, vim: &Vim) -> Result<Place, VsphereError> {
-        let inventory = Inventory::new(vim.objects(KINDS).await?);
+        self.resolve(vim, &self.inventory(vim).await?)
+    }
+
+    async fn inventory(&self, vim: &Vim) -> Result<Inventory, VsphereError> {
+        Ok(Inventory::new(vim.objects(KINDS).await?))
+    }
+
+    fn resolve(&self, vim: &Vim, inventory: &Inventory) -> Result<Place, VsphereError> {
         inventory
             .resolve(&self.target)
             .map_err(|problems| VsphereError::NotFound { server: vim.server.clone(), problems })

@@ -42,6 +42,7 @@ pub(super) struct Content {
     authorization_manager: Moref,
     ovf_manager: Moref,
     search_index: Moref,
+    file_manager: Moref,
 }
 
 /// A session with vCenter. It logs in again where vCenter has ended it, and waits for a vCenter that is away.
@@ -455,6 +456,20 @@ impl Vim {
         self.run("delete it", &method).await
     }
 
+    pub(super) async fn power_off(&self, machine: &Moref) -> Result<(), VsphereError> {
+        let method = Element::new("PowerOffVM_Task").with_object("_this", machine);
+        self.run("stop it", &method).await
+    }
+
+    /// Deletes a file of a datastore, e.g. `[datastore1] directory/file`.
+    pub(super) async fn delete_file(&self, file: &str, datacenter: &Moref) -> Result<(), VsphereError> {
+        let method = Element::new("DeleteDatastoreFile_Task")
+            .with_object("_this", &self.content.file_manager)
+            .with_text("name", file)
+            .with_object("datacenter", datacenter);
+        self.run(&format!("delete {file}"), &method).await
+    }
+
     /// Calls a method that begins a task, and waits for its end.
     async fn run(&self, action: &str, method: &Element) -> Result<(), VsphereError> {
         let task = self.call_for_object(action, method, Repeat::Unseen).await?;
@@ -486,6 +501,7 @@ impl Content {
             authorization_manager: object("authorizationManager")?,
             ovf_manager: object("ovfManager")?,
             search_index: object("searchIndex")?,
+            file_manager: object("fileManager")?,
         })
     }
 }

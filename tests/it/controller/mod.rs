@@ -10,6 +10,7 @@ mod queue;
 mod rebuild;
 mod retention;
 mod rights;
+mod user_namespaces;
 
 use std::sync::atomic::Ordering;
 

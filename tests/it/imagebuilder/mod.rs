@@ -1,6 +1,8 @@
 //! The engine `ImageBuilder`: its var-files.
 
+mod guest;
 mod varfiles;
+mod vcenter;
 
 use node_image_builder::contract::{BuildRequest, Engine, ImageBuilderSettings, VERSION};
 use serde_json::{Value, json};

@@ -141,6 +141,20 @@ impl Vcenter {
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
     }
 
+    fn file_url(&self, file: &str) -> String {
+        format!("https://{}/folder/{file}?dcPath=DC0&dsName=LocalDS_0", self.server)
+    }
+
+    /// Puts a file into the datastore `LocalDS_0`.
+    pub async fn put_file(&self, file: &str) {
+        let response = self.client.put(self.file_url(file)).body("contents").send().await.unwrap();
+        assert!(response.status().is_success(), "{}", response.status());
+    }
+
+    pub async fn has_file(&self, file: &str) -> bool {
+        self.client.get(self.file_url(file)).send().await.unwrap().status().is_success()
+    }
+
     /// How often each method was called.
     pub async fn calls(&self) -> BTreeMap<String, usize> {
         let response = self.client.get(format!("https://{}/vcsim/calls", self.server)).send().await.unwrap();
