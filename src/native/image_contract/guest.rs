@@ -207,10 +207,17 @@ pub(super) const PROMISES: &[Promise] = &[
             unit_has("cloud-final.service", "After", "containerd.service")
         },
     ),
-    promise("cloud-init-done", "cloud-init ran its first start to the end", Always, "`cloud-init status`", |_| {
-        let status = output("cloud-init", &["status"])?;
-        if status.contains("done") { Ok(()) } else { Err(status.trim().to_owned()) }
-    }),
+    promise(
+        "cloud-init-done",
+        "cloud-init ran its first start to the end",
+        Always,
+        "`cloud-init status --long`",
+        |_| {
+            // With the errors, if there are any.
+            let status = output("cloud-init", &["status", "--long"])?;
+            if status.contains("status: done") { Ok(()) } else { Err(status.trim().to_owned()) }
+        },
+    ),
     promise(
         "cloud-init-switch",
         "cloud-init goes on after user data that it can not read",
