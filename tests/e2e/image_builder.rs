@@ -121,7 +121,10 @@ async fn packer_and_ansible_build_an_image_in_the_cluster_and_a_stopped_build_le
         })
         .await;
     assert!(stages.is_sorted_by_key(|stage| Stage::ALL.iter().position(|one| one.as_str() == stage)), "{stages:?}");
-    assert!(stages.contains(&"Seal".to_owned()) && stages.contains(&"Verify".to_owned()), "{stages:?}");
+    // The short ones pass between two looks at the status.
+    let stages = Stage::ALL.map(Stage::as_str).into_iter();
+    let ended: Vec<_> = stages.filter(|stage| ready["stageSeconds"][stage].is_number()).collect();
+    assert_eq!(ended, ["Prepare", "Fetch", "Install", "Seal", "Assemble", "Verify", "Publish"], "{ready}");
     eprintln!("  {}; stages {}", ready["verification"], ready["stageSeconds"]);
 
     // The status is what it is with the other engine.
