@@ -87,7 +87,7 @@ impl Echoes {
 
 #[cfg(test)]
 mod tests {
-    use kube::core::ObjectMeta;
+    use kube::core::{ObjectMeta, PartialObjectMetaExt as _};
 
     use super::{super::reconcile::Watched, *};
 
@@ -96,11 +96,8 @@ mod tests {
     }
 
     fn object(uid: &str, version: &str) -> Watched {
-        Watched::from(ObjectMeta {
-            uid: Some(uid.to_owned()),
-            resource_version: Some(version.to_owned()),
-            ..ObjectMeta::default()
-        })
+        let (uid, resource_version) = (Some(uid.to_owned()), Some(version.to_owned()));
+        ObjectMeta { uid, resource_version, ..ObjectMeta::default() }.into_response_partial()
     }
 
     #[test]

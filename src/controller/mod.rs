@@ -65,7 +65,7 @@ use self::{
     metrics::Metrics,
     progress::Followers,
     queue::Queue,
-    reconcile::{Watched, on_error, reconcile},
+    reconcile::{Watched, on_error, reconcile, slim},
     references::ObjectKind,
     releases::Releases,
     retry::Backoff,
@@ -303,7 +303,7 @@ fn controller(
     let (secrets, config_maps) = (Arc::clone(context), Arc::clone(context));
     let (of_build, of_job) = (Arc::clone(context), Arc::clone(context));
     let (reader, writer) = reflector::store();
-    let builds = reflector(writer, watcher(scoped::<Watched>(client, namespace), all.clone()))
+    let builds = reflector(writer, watcher(scoped::<Watched>(client, namespace), all.clone()).modify(slim))
         .applied_objects()
         .try_filter(move |build| ready(!of_build.echoes.holds(&BuildRef::of(build), build)));
     let jobs = watcher(scoped::<PartialObjectMeta<Job>>(client, namespace), of_builds.clone())

@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -32,55 +33,14 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// A write lost a race: look again at once, with what the watch has brought by then.
 const CONFLICT: Duration = Duration::from_millis(200);
 
-/// What the controller watches, and keeps in memory of every resource: which one it is, in which version. The rest is read
-/// when a pass begins.
-#[derive(Clone, Debug)]
-pub(super) struct Watched(ObjectMeta);
+/// What the controller watches, and keeps in memory of every resource.
+pub(super) type Watched = PartialObjectMeta<NodeImageBuild>;
 
-impl From<ObjectMeta> for Watched {
-    fn from(all: ObjectMeta) -> Self {
-        let ObjectMeta { name, namespace, uid, resource_version, generation, .. } = all;
-        Self(ObjectMeta { name, namespace, uid, resource_version, generation, ..ObjectMeta::default() })
-    }
-}
-
-impl<'de> Deserialize<'de> for Watched {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        PartialObjectMeta::<NodeImageBuild>::deserialize(deserializer).map(|object| object.metadata.into())
-    }
-}
-
-impl Resource for Watched {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        NodeImageBuild::kind(&())
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        NodeImageBuild::group(&())
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        NodeImageBuild::version(&())
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        NodeImageBuild::plural(&())
-    }
-
-    fn metadata_api() -> bool {
-        true
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        &self.0
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        &mut self.0
-    }
+/// Leaves of a resource which one it is, in which version. The rest is read when a pass begins.
+pub(super) fn slim(watched: &mut Watched) {
+    let ObjectMeta { name, namespace, uid, resource_version, generation, .. } = mem::take(&mut watched.metadata);
+    watched.metadata = ObjectMeta { name, namespace, uid, resource_version, generation, ..ObjectMeta::default() };
+    watched.types = None;
 }
 
 /// A resource that was read: one that does not parse must not stop the others. It comes without the fields that each
