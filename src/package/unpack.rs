@@ -8,7 +8,7 @@ use std::{
 
 use flate2::read::MultiGzDecoder;
 
-use super::unvmdk;
+use super::{unvmdk, vmdk};
 
 /// What every gzip file begins with (RFC 1952).
 const GZIP: [u8; 2] = [0x1f, 0x8b];
@@ -23,7 +23,7 @@ pub fn unpack(image: &Path, disk: &Path) -> io::Result<()> {
     let known = image.read_exact(&mut magic).is_ok();
     let compressed = known && magic[..2] == GZIP;
     image.rewind()?;
-    if known && magic == unvmdk::MAGIC {
+    if known && magic == vmdk::MAGIC {
         let disk = File::create_new(disk)?;
         unvmdk::unpack(BufReader::with_capacity(BLOCK, image), &disk)?;
         return disk.sync_all();

@@ -9,13 +9,12 @@ use std::{
 
 use flate2::read::ZlibDecoder;
 
-pub(super) const MAGIC: [u8; 4] = *b"KDMV";
+use super::vmdk::{DIRECTORY_AT_END, MAGIC};
+
 const SECTOR_SIZE: usize = 512;
 const SECTOR: u64 = SECTOR_SIZE as u64;
 /// Flags of the header: grains are compressed, and markers stand before everything.
 const STREAM: u32 = 1 << 16 | 1 << 17;
-/// The place of the directory where only what is behind everything tells it.
-const DIRECTORY_AT_END: u64 = u64::MAX;
 /// Largest grain that is believed: 1 MiB.
 const LARGEST_GRAIN: u64 = 2048;
 /// Largest disk that is believed: 16 TiB.

@@ -22,6 +22,8 @@ use super::{
 };
 
 const SECTOR: usize = 512;
+/// What the header begins with.
+pub(super) const MAGIC: [u8; 4] = *b"KDMV";
 /// Bytes of the disk that are compressed on their own.
 const GRAIN: usize = 64 << 10;
 const GRAIN_SECTORS: u64 = (GRAIN / SECTOR) as u64;
@@ -37,7 +39,7 @@ const OVERHEAD: usize = 128 * SECTOR;
 /// Line ends are checked, grains are compressed, markers stand before everything.
 const FLAGS: u32 = 1 | 1 << 16 | 1 << 17;
 /// The directory's place is in the second header.
-const DIRECTORY_AT_END: u64 = u64::MAX;
+pub(super) const DIRECTORY_AT_END: u64 = u64::MAX;
 /// Kinds of markers before metadata.
 const MARKER_TABLE: u32 = 1;
 const MARKER_DIRECTORY: u32 = 2;
@@ -225,7 +227,7 @@ fn sector_number(sector: u64) -> io::Result<u32> {
 /// The sparse extent header.
 fn header(capacity: u64, directory: u64) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(SECTOR);
-    bytes.extend(b"KDMV");
+    bytes.extend(MAGIC);
     // Version 3 is that of compressed disks with markers.
     bytes.extend(3_u32.to_le_bytes());
     bytes.extend(FLAGS.to_le_bytes());
