@@ -439,10 +439,11 @@ mod tests {
     #[tokio::test]
     async fn a_program_that_is_stopped_is_listened_to_while_it_cleans_up() {
         let dir = tempfile::tempdir().unwrap();
-        let script = "trap 'seq 20000; echo clean >done; exit 1' INT; echo ready; while :; do sleep 0.1; done";
+        // Not SIGINT: a shell in the background of a script ignores that, and so do those that it starts.
+        let script = "trap 'seq 20000; echo clean >done; exit 1' USR1; echo ready; while :; do sleep 0.1; done";
         let cancel = CancellationToken::new();
         let runner = Runner::new(Redactor::default(), cancel.clone());
-        let stop = Stop { signal: Signal::SIGINT, grace: Duration::from_secs(20) };
+        let stop = Stop { signal: Signal::SIGUSR1, grace: Duration::from_secs(20) };
         let spec = shell(script).current_dir(dir.path()).stop(stop);
         let error = runner
             .run_watched(spec, |line| {
