@@ -17,6 +17,8 @@ pub mod controller;
 pub mod device_plugin;
 pub mod error;
 pub mod fetch;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 pub mod http;
 pub mod imagebuilder;
 pub mod native;

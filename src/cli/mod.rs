@@ -7,7 +7,7 @@ mod crd;
 mod doctor;
 mod documents;
 mod download;
-mod dropin;
+pub(crate) mod dropin;
 mod failure;
 mod guest_checks;
 mod kvm_device_plugin;

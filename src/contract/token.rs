@@ -87,6 +87,18 @@ impl SigningKey {
     }
 }
 
+/// A token opens its directory and what is in it, and nothing else is a token. The bytes are a directory and a path in a
+/// line each.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (directory, path) = text.split_once('\n').unwrap_or((&text, ""));
+    let (Ok(key), now) = (SigningKey::new(&[1; MIN_KEY_BYTES]), Timestamp::UNIX_EPOCH) else { return };
+    let below = path == directory || path.starts_with(&format!("{directory}/"));
+    assert_eq!(key.verify(&key.mint(directory, now), path, now).is_ok(), below, "{directory} and {path}");
+    assert!(key.verify(&text, path, now).is_err(), "{text} is a token");
+}
+
 #[cfg(test)]
 mod tests {
     use jiff::ToSpan;

@@ -8,7 +8,7 @@ mod digest;
 mod download;
 mod error;
 mod shares;
-mod sums;
+pub(crate) mod sums;
 mod transport;
 
 use std::path::{Path, PathBuf};

@@ -40,6 +40,20 @@ fn entry(line: &str) -> Option<(Expected, &str)> {
     Some((Expected::sha256(digest, name).ok()?, name.strip_prefix("./").unwrap_or(name)))
 }
 
+/// A digest is one that stands in the list, and few names are told where there is none.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let sums = String::from_utf8_lossy(bytes);
+    match find(&sums, "disk.img") {
+        Ok(digest) => {
+            let digest = digest.to_string();
+            let digits = digest.trim_start_matches("sha256:");
+            assert!(digits.len() == 64 && sums.to_ascii_lowercase().contains(digits), "{digest} is not listed");
+        }
+        Err(NotListed { nearest }) => assert!(nearest.len() <= NAMED_ENTRIES),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

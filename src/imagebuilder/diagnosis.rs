@@ -4,7 +4,7 @@ use super::packer::Said;
 use crate::contract::{FailureClass, shorten};
 
 /// Longest text of an error that is shown, in bytes.
-const SHOWN: usize = 1200;
+pub(super) const SHOWN: usize = 1200;
 
 /// A kind of failure.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

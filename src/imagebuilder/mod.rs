@@ -10,7 +10,7 @@ pub mod packer;
 mod post;
 pub mod recipe;
 mod secrets;
-mod upstream;
+pub(crate) mod upstream;
 pub mod varfiles;
 
 use std::{

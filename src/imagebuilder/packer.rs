@@ -219,6 +219,27 @@ fn milestone(text: &str, tasks: u32) -> Option<(Stage, f64)> {
     MARKS.iter().find(|(mark, _, _)| text.starts_with(mark)).map(|(_, stage, share)| (*stage, *share))
 }
 
+/// Stages go forward only, little is kept, and whatever was said is judged in few words.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use super::diagnosis::{SHOWN, diagnose};
+    use crate::progress::Style;
+
+    let text = String::from_utf8_lossy(bytes);
+    let watch = Watch::new(Reporter::new(Style::Json, Box::new(std::io::sink())));
+    let mut stage = watch.stage();
+    for line in text.lines() {
+        watch.see(line);
+        assert!(watch.stage() >= stage, "{line} leads back");
+        stage = watch.stage();
+    }
+    let (took, said) = watch.finish();
+    assert!(took.is_sorted_by(|(earlier, _), (later, _)| earlier < later), "{took:?}");
+    assert!(said.errors.len() <= KEPT && said.last.len() <= KEPT, "{said:?}");
+    let (_, told) = diagnose(&said);
+    assert!(told.len() <= SHOWN, "{told}");
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::{collection::vec, prelude::*};

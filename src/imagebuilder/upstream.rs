@@ -322,6 +322,31 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
     Some(())
 }
 
+/// A template is refused, or left with the one builder. The first character says where the machine is.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some((place, text)) = bytes.split_first() else { return };
+    let Ok(mut template) = serde_json::from_slice::<Value>(text) else { return };
+    let recipe = Recipe { var_files: vec![], template: "", builder: "qemu" };
+    let settings = json!({"timeoutSeconds": 60, "ansibleVerbosity": 2, "sshTimeoutSeconds": 60});
+    let Ok(settings) = serde_json::from_value(settings) else { panic!("the settings are none") };
+    let machine = if place & 1 == 0 {
+        Machine::Here(Virtualization::Software)
+    } else {
+        let place = std::collections::BTreeMap::new();
+        Machine::There(Remote { machine: "machine".to_owned(), medium: "medium".to_owned(), place })
+    };
+    let edits = Edits { recipe: &recipe, settings: &settings, machine: &machine, output: Path::new("output") };
+    if edit(&mut template, &edits).is_some() {
+        assert!(template["builders"].as_array().is_some_and(|builders| builders.len() == 1), "{template}");
+        assert_eq!(template.get("post-processors"), None);
+        let provisioners = template.get("provisioners").and_then(Value::as_array).into_iter().flatten();
+        for provisioner in provisioners {
+            assert!(provisioner.get("only").is_none() && provisioner.get("except").is_none(), "{provisioner}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::{env, process::Command};

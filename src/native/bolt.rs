@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 /// Bytes of a page in files written here, as bbolt has it on amd64.
 const PAGE: usize = 4096;
 const PAGE_HEADER: usize = 16;
+/// Bytes of a page for each of its keys, beside the key.
+const ELEMENT: usize = 16;
 const BUCKET_HEADER: usize = 16;
 const BRANCH: u16 = 0x01;
 const LEAF: u16 = 0x02;
@@ -52,8 +54,9 @@ pub(super) fn read(file: &[u8]) -> Result<Bucket, BoltError> {
     let second = first.map_or(PAGE, |meta| meta.page_size);
     let newest = [first, meta(file, second)].into_iter().flatten().max_by_key(|meta| meta.transaction);
     let newest = newest.ok_or(BoltError("it has no valid meta page"))?;
-    // A page is part of one bucket only.
-    let mut reader = Reader { file, page_size: newest.page_size, pages_left: file.len() / newest.page_size };
+    // A page, a key and a value are part of one bucket only.
+    let pages_left = file.len() / newest.page_size;
+    let mut reader = Reader { file, page_size: newest.page_size, pages_left, bytes_left: file.len() };
     reader.bucket(newest.root, newest.sequence, 0)
 }
 
@@ -88,6 +91,7 @@ struct Reader<'f> {
     file: &'f [u8],
     page_size: usize,
     pages_left: usize,
+    bytes_left: usize,
 }
 
 impl<'f> Reader<'f> {
@@ -121,7 +125,7 @@ impl<'f> Reader<'f> {
 
     fn leaf(&mut self, page: &[u8], count: usize, bucket: &mut Bucket, depth: usize) -> Result<(), BoltError> {
         for number in 0..count {
-            let element = PAGE_HEADER + number * 16;
+            let element = PAGE_HEADER + number * ELEMENT;
             let (flags, place) = (u32_at(page, element)?, u32_at(page, element + 4)? as usize);
             let (key_size, value_size) = (u32_at(page, element + 8)? as usize, u32_at(page, element + 12)? as usize);
             let rest = page.get(element + place..).ok_or(BoltError("a key is behind the end of its page"))?;
@@ -130,11 +134,12 @@ impl<'f> Reader<'f> {
             else {
                 return Err(BoltError("a value is behind the end of its page"));
             };
-            let entry = if flags & IS_BUCKET == 0 {
-                Entry::Value(value.to_vec())
-            } else {
-                Entry::Bucket(self.nested(value, depth + 1)?)
-            };
+            let is_bucket = flags & IS_BUCKET != 0;
+            // What is in a bucket is counted there.
+            let own = ELEMENT + key_size + if is_bucket { 0 } else { value_size };
+            self.bytes_left = self.bytes_left.checked_sub(own).ok_or(BoltError("its values are in each other"))?;
+            let entry =
+                if is_bucket { Entry::Bucket(self.nested(value, depth + 1)?) } else { Entry::Value(value.to_vec()) };
             bucket.entries.insert(key.to_vec(), entry);
         }
         Ok(())
@@ -338,6 +343,20 @@ fn u64_at(bytes: &[u8], offset: usize) -> Result<u64, BoltError> {
     bytes_at(bytes, offset).map(u64::from_le_bytes)
 }
 
+/// What was read is the same when it was written. The bytes are the pages behind the first three, which are as they should
+/// be.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mut file = write(&Bucket::default());
+    file.truncate(3 * PAGE);
+    file.extend(bytes);
+    for file in [bytes, &file] {
+        if let Ok(root) = read(file) {
+            assert_eq!(read(&write(&root)), Ok(root));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -389,6 +408,31 @@ mod tests {
         large.entries.insert(b"long".to_vec(), Entry::Value(vec![2; 3 * PAGE]));
         let root = Bucket { sequence: 0, entries: BTreeMap::from([(b"v1".to_vec(), Entry::Bucket(large))]) };
         assert_eq!(read(&write(&root)), Ok(root));
+    }
+
+    #[test]
+    fn buckets_that_share_what_they_hold_are_refused() {
+        // Two keys, of the same bucket; its two are too, and so on: 2^30 values in the end.
+        let mut bucket = leaf_body(&[Item { flags: 0, key: b"a", value: vec![] }]);
+        let mut count = 1;
+        for _ in 0..30 {
+            let value = [&[0; BUCKET_HEADER][..], &page_header(0, LEAF, count, 0), &bucket].concat();
+            let mut two = leaf_body(&[
+                Item { flags: IS_BUCKET, key: b"a", value: value.clone() },
+                Item { flags: IS_BUCKET, key: b"b", value: vec![] },
+            ]);
+            // The second one's key and value are those of the first.
+            two.copy_within(4..16, 20);
+            let place = le32(16);
+            two[20..24].copy_from_slice(&place);
+            two.truncate(2 * ELEMENT + 1 + value.len());
+            (bucket, count) = (two, 2);
+        }
+        let mut file = write(&Bucket::default());
+        let page = padded(page_header(3, LEAF, count, bucket.len() / PAGE), &bucket);
+        file.truncate(3 * PAGE);
+        file.extend(page);
+        assert_eq!(read(&file), Err(BoltError("its values are in each other")));
     }
 
     #[test]

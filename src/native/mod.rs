@@ -8,7 +8,7 @@
 
 pub mod accelerator;
 mod artifacts;
-mod bolt;
+pub(crate) mod bolt;
 mod bootloader;
 mod chroot;
 mod disk;
@@ -26,7 +26,7 @@ mod rootfs;
 pub(crate) mod sample;
 mod seal;
 mod settings;
-mod source;
+pub(crate) mod source;
 mod subscription;
 pub mod tree;
 

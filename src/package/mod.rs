@@ -9,7 +9,7 @@ mod qcow2;
 mod raw;
 pub mod sparse;
 mod unpack;
-mod unvmdk;
+pub(crate) mod unvmdk;
 mod vmdk;
 
 use std::{

@@ -114,6 +114,17 @@ fn u64_at(bytes: &[u8], offset: usize) -> u64 {
     u64::from(u32_at(bytes, offset + 4)) << 32 | u64::from(u32_at(bytes, offset))
 }
 
+/// The disk is as long as the header says, or empty.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some(disk) = crate::fuzzing::file(&[]) else { return };
+    let done = unpack(bytes, &disk);
+    let length = disk.metadata().map_or(0, |disk| disk.len());
+    let header = bytes.first_chunk::<SECTOR_SIZE>().and_then(|sector| Header::read(sector).ok());
+    let whole = header.map_or(0, |header| header.size);
+    assert!(length == whole || length == 0 && done.is_err(), "{length} bytes of {whole}");
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs, os::unix::fs::MetadataExt, path::Path, process::Command, sync::atomic::AtomicU64};

@@ -273,6 +273,49 @@ fn is_document(name: &str) -> bool {
     name == RELEASES || name.strip_suffix(".yaml").is_some_and(one_of_many)
 }
 
+/// Nothing is written but documents, into the directory, and every URL leads there.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Ok(dir) = tempfile::tempdir() else { return };
+    let (path, into) = (dir.path().join("archive.tar"), dir.path().join("into"));
+    if fs::create_dir(&into).and_then(|()| fs::write(&path, with_checksums(bytes))).is_err() {
+        return;
+    }
+    if let Ok(Unpacked { manifest_url, rewrite }) = unpack(&path, &into) {
+        let inside = format!("file://{}/", into.display());
+        for url in rewrite.iter().map(|(_, to)| to).chain([&manifest_url]) {
+            assert!(url.starts_with(&inside), "{url} leads elsewhere");
+        }
+    }
+    let names =
+        |directory: &Path| fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    assert_eq!(names(dir.path()).count(), 2, "something is beside the directory");
+    for name in names(&into) {
+        assert!(is_document(&name.to_string_lossy()), "{} is no document", name.display());
+        assert!(into.join(&name).symlink_metadata().is_ok_and(|file| file.is_file()), "{} is no file", name.display());
+    }
+}
+
+/// The archive with the checksum that each of its headers should have.
+#[cfg(feature = "fuzzing")]
+fn with_checksums(bytes: &[u8]) -> Vec<u8> {
+    const BLOCK: usize = 512;
+    let mut archive = bytes.to_vec();
+    let mut rest = archive.as_mut_slice();
+    while let Some((block, behind)) = std::mem::take(&mut rest).split_first_chunk_mut::<BLOCK>() {
+        let mut header = tar::Header::new_old();
+        header.as_mut_bytes().copy_from_slice(block);
+        if block.iter().any(|byte| *byte != 0) {
+            header.set_cksum();
+            block.copy_from_slice(header.as_bytes());
+        }
+        let size = header.entry_size().ok().and_then(|size| usize::try_from(size).ok()).unwrap_or_default();
+        let size = size.checked_next_multiple_of(BLOCK).unwrap_or(usize::MAX).min(behind.len());
+        rest = &mut behind[size..];
+    }
+    archive
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

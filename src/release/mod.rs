@@ -7,9 +7,9 @@ pub mod archive;
 mod cache;
 mod documents;
 mod error;
-mod resolve;
+pub(crate) mod resolve;
 mod rewrite;
-mod signature;
+pub(crate) mod signature;
 
 use std::time::Duration;
 

@@ -230,31 +230,78 @@ impl Parts<'_> {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use std::sync::LazyLock;
+/// Documents that belong together, and what is made of them or of others like them.
+#[cfg(any(test, feature = "fuzzing"))]
+mod sample {
+    use super::{
+        Bundles, DistroRelease, Parts, ReleaseError, Releases, ResolvedRelease, Rewrite, artifacts_mut, choose_bundle,
+        choose_release, sha256,
+    };
 
-    use proptest::{prelude::*, sample::Index};
+    pub(super) const RELEASES: &str = include_str!("../../tests/it/documents/eks-a-release.yaml");
+    pub(super) const BUNDLES: &str = include_str!("../../tests/it/documents/bundles.yaml");
+    pub(super) const DISTRO: &str = include_str!("../../tests/it/documents/kubernetes-1-31-eks-47.yaml");
 
-    use super::{super::documents::Document, *};
-
-    const RELEASES: &str = include_str!("../../tests/it/documents/eks-a-release.yaml");
-    const BUNDLES: &str = include_str!("../../tests/it/documents/bundles.yaml");
-    const DISTRO: &str = include_str!("../../tests/it/documents/kubernetes-1-31-eks-47.yaml");
-
-    fn resolve(
+    pub(super) fn resolve(
         releases: &Releases,
         bundles: &Bundles,
         distro: &DistroRelease,
     ) -> Result<ResolvedRelease, ReleaseError> {
-        let url: Url = "https://mirror.test/manifest.yaml".parse().unwrap();
         let rewrite = Rewrite::new(&[]);
+        let url = rewrite.apply("https://mirror.test/manifest.yaml")?;
         let release = choose_release(releases, None, &url)?;
         rewrite.apply(&release.bundle_manifest_url)?;
         let bundle = choose_bundle(bundles, "1-31", &release.version, &url)?;
         rewrite.apply(&bundle.manifest_url)?;
         Parts { release, bundles, bundle, bundles_url: &url, distro, distro_url: &url, rewrite: &rewrite }.assemble()
     }
+
+    /// Whether everything that was resolved can be fetched and verified.
+    pub(super) fn is_usable(mut release: ResolvedRelease) -> bool {
+        !release.kubernetes_version.is_empty()
+            && artifacts_mut(&mut release)
+                .all(|artifact| artifact.sha256.as_ref().is_none_or(|digest| sha256(digest).is_some()))
+    }
+}
+
+/// Each kind of document, with the others as they are published. What is resolved can be used.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    use std::sync::LazyLock;
+
+    use super::documents::{Checksum, Document, Sums};
+
+    type Documents = (Releases, Bundles, DistroRelease);
+    static PUBLISHED: LazyLock<Option<Documents>> = LazyLock::new(|| {
+        let read = (Releases::read(sample::RELEASES.as_bytes()), Bundles::read(sample::BUNDLES.as_bytes()));
+        Some((read.0.ok()?, read.1.ok()?, DistroRelease::read(sample::DISTRO.as_bytes()).ok()?))
+    });
+    let Some((releases, bundles, distro)) = &*PUBLISHED else { panic!("the samples are no documents") };
+    let resolved = [
+        Releases::read(bytes).ok().map(|releases| sample::resolve(&releases, bundles, distro)),
+        Bundles::read(bytes).ok().map(|bundles| sample::resolve(releases, &bundles, distro)),
+        DistroRelease::read(bytes).ok().map(|distro| sample::resolve(releases, bundles, &distro)),
+    ];
+    for release in resolved.into_iter().flatten().flatten() {
+        assert!(sample::is_usable(release), "something that was resolved can not be used");
+    }
+    if let Ok(Checksum(digest)) = Checksum::read(bytes) {
+        assert_eq!(sha256(&digest), Some(digest), "a checksum is none");
+    }
+    let _ = Sums::read(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::LazyLock;
+
+    use proptest::{prelude::*, sample::Index};
+
+    use super::{
+        super::documents::Document,
+        sample::{BUNDLES, DISTRO, RELEASES, is_usable, resolve},
+        *,
+    };
 
     fn read<D: Document>(text: &str) -> D {
         D::read(text.as_bytes()).unwrap()
@@ -329,11 +376,8 @@ mod tests {
                 1 => Bundles::read(&damage.apply(BUNDLES)).map(|bundles| resolve(releases, &bundles, distro)),
                 _ => DistroRelease::read(&damage.apply(DISTRO)).map(|distro| resolve(releases, bundles, &distro)),
             };
-            if let Ok(Ok(mut release)) = result {
-                prop_assert!(!release.kubernetes_version.is_empty());
-                for artifact in artifacts_mut(&mut release) {
-                    prop_assert!(artifact.sha256.as_ref().is_none_or(|digest| sha256(digest).is_some()));
-                }
+            if let Ok(Ok(release)) = result {
+                prop_assert!(is_usable(release));
             }
         }
 

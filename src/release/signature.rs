@@ -310,6 +310,42 @@ fn go_json(value: &Value) -> String {
     text
 }
 
+/// What is used of a document is what its signature covers, where both are texts.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let covered = |canonical: &Result<String, Flaw>| {
+        let text = canonical.as_deref().unwrap_or("{}");
+        let Ok(fields) = serde_json::from_str::<Value>(text) else { panic!("the canonical form is no JSON: {text}") };
+        fields
+    };
+    let same = |fields: &Value, pointer: &str, used: Option<&str>| {
+        if let Some(Value::String(signed)) = fields.pointer(pointer) {
+            assert_eq!(Some(signed.as_str()), used, "{pointer} is not what is signed");
+        }
+    };
+    if let Ok(signed) = Signed::<Bundles>::read(bytes) {
+        let fields = covered(&signed.canonical);
+        for (number, bundle) in signed.document.spec.versions_bundles.iter().enumerate() {
+            let distro = &bundle.eks_d;
+            let at = |field: &str| format!("/spec/versionsBundles/{number}/{field}");
+            same(&fields, &at("kubeVersion"), Some(&bundle.kube_version));
+            same(&fields, &at("eksD/name"), Some(&distro.name));
+            for (tool, archive) in
+                [("etcdadm", &distro.etcdadm), ("crictl", &distro.crictl), ("containerd", &distro.containerd)]
+            {
+                let digest = archive.as_ref().and_then(|archive| archive.sha256.as_deref());
+                same(&fields, &at(&format!("eksD/{tool}/sha256")), digest);
+            }
+        }
+        let _ = signed.verify_bundles(&SignatureKeys::published());
+    }
+    if let Ok(signed) = Signed::<DistroRelease>::read(bytes) {
+        let fields = covered(&signed.canonical);
+        same(&fields, "/metadata/name", Some(signed.name()));
+        same(&fields, "/spec/channel", Some(&signed.document.spec.channel));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;

@@ -105,6 +105,17 @@ fn wanted(range: &str, size: u64) -> Wanted {
     }
 }
 
+/// A part is in the file; the first bytes are the file's size.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some((size, range)) = bytes.split_first_chunk() else { return };
+    let (size, range) = (u64::from_le_bytes(*size), String::from_utf8_lossy(range));
+    if let Wanted::Part { first, last } = wanted(&range, size) {
+        assert!(first <= last && last < size, "{first} to {last} of {size}");
+    }
+    let _ = names(&range, "\"tag\"");
+}
+
 #[cfg(test)]
 mod tests {
     use rstest::rstest;

@@ -15,9 +15,9 @@
 //! `If-Match` names the SHA-256 that is to be replaced, or `*`.
 
 mod auth;
-mod download;
+pub(crate) mod download;
 mod error;
-mod path;
+pub(crate) mod path;
 mod store;
 mod upload;
 

@@ -115,6 +115,27 @@ impl fmt::Display for ImagePath {
     }
 }
 
+/// A path that is accepted is one below the root, and is what is shown of it.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let Ok(path) = StorePath::parse(&text) else {
+        assert!(ImagePath::parse(&text).is_err(), "{text} is a path of an image and no path");
+        return;
+    };
+    let root = Path::new("/data");
+    let full = path.below(root);
+    let below = full.strip_prefix(root).is_ok_and(|rest| {
+        rest.components().count() > 0 && rest.components().all(|part| matches!(part, std::path::Component::Normal(_)))
+    });
+    assert!(below, "{text} leads to {}", full.display());
+    assert_eq!(StorePath::parse(path.as_str()).as_ref(), Ok(&path));
+    assert!(path.is_in(&path));
+    if let Ok(image) = ImagePath::parse(&text) {
+        assert!(image.path() == &path && !image.file_name().ends_with(CHECKSUM_SUFFIX), "{text} is no image");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

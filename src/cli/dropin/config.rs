@@ -292,6 +292,8 @@ mod tests {
     #[case::relative_repository(BARE_METAL, "extra_repos", json!("a.list"), "write absolute paths")]
     #[case::truth(BARE_METAL, "disable_public_repos", json!("yes"), "write \"true\" or \"false\"")]
     #[case::ssh_timeout(BARE_METAL, "ssh_timeout", json!("40"), "write a duration")]
+    #[case::ssh_timeout_back(BARE_METAL, "ssh_timeout", json!("1h-5m"), "write a duration")]
+    #[case::ssh_timeout_huge(BARE_METAL, "ssh_timeout", json!("99999999999999999999h"), "write a duration")]
     #[case::satellite_ubuntu(BARE_METAL, "rhsm_server_hostname", json!("s.test"), "only redhat has a subscription")]
     #[case::no_iso(REDHAT, "iso_url", Value::Null, "iso_url is missing: redhat has no public image")]
     #[case::no_username(REDHAT, "rhel_username", Value::Null, "rhel_username is missing")]

@@ -275,6 +275,11 @@ impl Ssh {
 
 /// Whole seconds of a duration as Go programs write it: `1h30m`, `90s`.
 fn seconds(text: &str) -> Option<u32> {
+    // What reads it ends the program where a part of it is negative, or more than can be counted.
+    const LONGEST: usize = 16;
+    if text.len() > LONGEST || text.contains('-') {
+        return None;
+    }
     let duration: kube::core::Duration = text.parse().ok()?;
-    u32::try_from(std::time::Duration::from(duration).as_secs()).ok().filter(|_| !duration.is_negative())
+    u32::try_from(std::time::Duration::from(duration).as_secs()).ok()
 }

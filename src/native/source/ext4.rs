@@ -152,7 +152,7 @@ impl<'d> FileSystem<'d> {
 
     fn read(disk: &'d File, offset: u64, forgiven: u32) -> Result<Self> {
         let mut block = [0; 1024];
-        disk.read_exact_at(&mut block, offset + SUPERBLOCK)?;
+        disk.read_exact_at(&mut block, offset.saturating_add(SUPERBLOCK))?;
         let block = Bytes(&block, "superblock");
         if block.u16(0x38)? != MAGIC {
             return Err(Ext4Error::Damaged(block.1));
@@ -178,7 +178,11 @@ impl<'d> FileSystem<'d> {
         let inodes_per_group = block.u32(0x28)?;
         let descriptor_size = if wide { u64::from(block.u16(0xfe)?) } else { 32 };
         let block_size = 1024_u64 << shift.min(6);
+        let blocks = block.split(0x4, if wide { u64::from(block.u32(0x150)?) } else { 0 })?;
+        let end = blocks.checked_mul(block_size).and_then(|size| size.checked_add(offset));
         let right = shift <= 6
+            // As far as a file can go: places in it need no further look.
+            && end.is_some_and(|end| i64::try_from(end).is_ok())
             && (OLD_INODE..=65_536).contains(&inode_size)
             && inodes_per_group > 0
             && (32..=1024).contains(&descriptor_size);
@@ -192,7 +196,7 @@ impl<'d> FileSystem<'d> {
             disk,
             offset,
             block_size,
-            blocks: block.split(0x4, if wide { u64::from(block.u32(0x150)?) } else { 0 })?,
+            blocks,
             inodes: block.u32(0x0)?,
             inodes_per_group,
             inode_size,
@@ -206,7 +210,7 @@ impl<'d> FileSystem<'d> {
 
     /// Bytes of the disk that belong to it.
     pub(super) fn size(&self) -> u64 {
-        self.blocks.saturating_mul(self.block_size)
+        self.blocks * self.block_size
     }
 
     /// Where a block is in the disk.
@@ -299,11 +303,13 @@ impl<'d> FileSystem<'d> {
             };
         }
         let mut extents = vec![];
-        self.tree(&Bytes(file.bytes().get(0x28, 60)?, "extent tree"), DEEPEST, size, &mut extents)?;
+        self.tree(&Bytes(file.bytes().get(0x28, 60)?, "extent tree"), DEEPEST, size, &mut 0, &mut extents)?;
         Ok(extents)
     }
 
-    fn tree(&self, node: &Bytes<'_>, deepest: u16, size: u64, extents: &mut Vec<Extent>) -> Result<()> {
+    /// Reads what is below a node. `next` is the first block of the file that its entries may be about: each is about later
+    /// ones than the entry before it. So nothing is read twice, wherever the entries lead.
+    fn tree(&self, node: &Bytes<'_>, deepest: u16, size: u64, next: &mut u64, extents: &mut Vec<Extent>) -> Result<()> {
         const WRITTEN: u16 = 32_768;
         let (magic, count, depth) = (node.u16(0)?, node.u16(2)?, node.u16(6)?);
         if magic != 0xF30A || depth > deepest {
@@ -311,23 +317,31 @@ impl<'d> FileSystem<'d> {
         }
         for entry in 1..=usize::from(count) {
             let entry = Bytes(node.get(entry * 12, 12)?, node.1);
+            let first = u64::from(entry.u32(0)?);
+            if first < *next {
+                return Err(Ext4Error::Damaged(node.1));
+            }
             if depth > 0 {
+                *next = first;
                 let block = entry.split(4, u64::from(entry.u16(8)?))?;
                 let below = self.block(block, node.1)?;
-                self.tree(&Bytes(&below, node.1), depth - 1, size, extents)?;
+                self.tree(&Bytes(&below, node.1), depth - 1, size, next, extents)?;
+                *next = (first + 1).max(*next);
                 continue;
             }
             let length = entry.u16(4)?;
+            let blocks = if length > WRITTEN { length - WRITTEN } else { length };
+            *next = first + u64::from(blocks.max(1));
             if length > WRITTEN {
                 // It has its place and was never written: zeros.
                 continue;
             }
-            let position = u64::from(entry.u32(0)?) * self.block_size;
+            let position = first * self.block_size;
             let length = (u64::from(length) * self.block_size).min(size.saturating_sub(position));
             if length > 0 {
-                let first = entry.split(8, u64::from(entry.u16(6)?))?;
-                self.place(first + (length - 1) / self.block_size, node.1)?;
-                extents.push(Extent { position, offset: self.place(first, node.1)?, length });
+                let block = entry.split(8, u64::from(entry.u16(6)?))?;
+                self.place(block + (length - 1) / self.block_size, node.1)?;
+                extents.push(Extent { position, offset: self.place(block, node.1)?, length });
             }
         }
         Ok(())
@@ -484,5 +498,113 @@ impl Inode {
         let inode = self.bytes();
         let (old, new) = (u64::from(inode.u32(0x28)?), u64::from(inode.u32(0x2c)?));
         Ok(if old == 0 { (new >> 8 & 0xfff, new & 0xff | new >> 12 & 0xf_ff00) } else { (old >> 8 & 0xff, old & 0xff) })
+    }
+}
+
+/// Reads all files. What one consists of is in the file system, in order, and not behind the file's end.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    const MOST: usize = 64;
+    let Some(disk) = crate::fuzzing::file(bytes) else { return };
+    let Ok(files) = FileSystem::look(&disk, 0) else { return };
+    let (mut numbers, mut seen) = (vec![ROOT], std::collections::HashSet::new());
+    while let Some(number) = numbers.pop().filter(|_| seen.len() < MOST) {
+        let Ok(inode) = files.inode(number) else { continue };
+        if !seen.insert(number) {
+            continue;
+        }
+        let _ = (inode.mode(), inode.owner(), inode.names(), inode.is_encrypted(), inode.modified(), inode.device());
+        let _ = files.attributes(&inode);
+        match inode.kind() {
+            Ok(Kind::Directory) => {
+                let entries = files.entries(&inode).unwrap_or_default();
+                numbers.extend(entries.iter().take(MOST).map(|entry| entry.inode));
+            }
+            Ok(Kind::Link) => drop(files.target(&inode)),
+            Ok(_) | Err(_) => {}
+        }
+        let mut end = 0;
+        for Extent { position, offset, length } in files.extents(&inode).unwrap_or_default() {
+            assert!(end <= position, "an extent is not behind the one before it");
+            end = position + length;
+            assert!(inode.size().is_ok_and(|size| end <= size), "an extent is behind the end of its file");
+            assert!(offset + length <= files.size(), "an extent is behind the end of its file system");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: u64 = 1024;
+
+    /// A node of an extent tree: each entry is about the next block of the file, and leads to `block`.
+    fn node(depth: u16, entries: u16, block: u32) -> Vec<u8> {
+        let mut node = [0xF30A, entries, entries, depth, 0, 0].map(u16::to_le_bytes).concat();
+        for number in 0..u32::from(entries) {
+            let entry = if depth == 0 { [number, 1, block] } else { [number, block, 0] };
+            node.extend(entry.map(u32::to_le_bytes).concat());
+        }
+        node
+    }
+
+    /// A file whose tree has these nodes, the first one in the inode and the others in the blocks from 10 on.
+    fn extents(nodes: &[Vec<u8>]) -> Result<Vec<Extent>> {
+        let disk = tempfile::tempfile().unwrap();
+        disk.set_len(64 * BLOCK).unwrap();
+        for (number, node) in (10..).zip(&nodes[1..]) {
+            disk.write_all_at(node, number * BLOCK).unwrap();
+        }
+        let files = FileSystem {
+            disk: &disk,
+            offset: 0,
+            block_size: BLOCK,
+            blocks: 64,
+            inodes: 16,
+            inodes_per_group: 16,
+            inode_size: OLD_INODE,
+            descriptor_size: 32,
+            first_block: 1,
+            uuid: Uuid::nil(),
+            label: String::new(),
+            needs_recovery: false,
+        };
+        let mut bytes = vec![0; OLD_INODE];
+        // 4 GiB.
+        bytes[0x6c] = 1;
+        bytes[0x20..0x24].copy_from_slice(&INODE_EXTENTS.to_le_bytes());
+        bytes[0x28..0x28 + nodes[0].len()].copy_from_slice(&nodes[0]);
+        files.extents(&Inode { number: 12, bytes })
+    }
+
+    #[test]
+    fn a_tree_that_leads_to_the_same_blocks_again_and_again_is_damaged() {
+        let trees = [
+            // Read to the end these are 4 * 84^5 extents, and 4 * 84 empty leaves.
+            vec![node(5, 4, 10), node(4, 84, 11), node(3, 84, 12), node(2, 84, 13), node(1, 84, 14), node(0, 84, 2)],
+            vec![node(2, 4, 10), node(1, 84, 11), node(0, 0, 2)],
+            vec![node(1, 2, 10), node(0, 3, 2)],
+        ];
+        for tree in trees {
+            assert!(matches!(extents(&tree), Err(Ext4Error::Damaged("extent tree"))));
+        }
+        assert_eq!(extents(&[node(1, 1, 10), node(0, 84, 2)]).unwrap().len(), 84);
+    }
+
+    #[test]
+    fn a_file_system_that_would_end_behind_every_file_is_damaged() {
+        let disk = tempfile::tempfile().unwrap();
+        let mut block = [0; 1024];
+        for (place, value) in
+            [(0x38, u32::from(MAGIC)), (0x60, EXTENT_FEATURE | WIDE_FEATURE), (0x28, 1), (0x58, 128), (0xfc, 64 << 16)]
+        {
+            block[place..place + 4].copy_from_slice(&value.to_le_bytes());
+        }
+        disk.write_all_at(&block, SUPERBLOCK).unwrap();
+        assert!(FileSystem::open(&disk, 0).is_ok());
+        disk.write_all_at(&[0xff; 4], SUPERBLOCK + 0x150).unwrap();
+        assert!(matches!(FileSystem::open(&disk, 0), Err(Ext4Error::Damaged("superblock"))));
+        assert!(FileSystem::open(&disk, u64::MAX).is_err());
     }
 }

@@ -46,6 +46,20 @@ fn unescape(field: &str) -> String {
         .fold(field.to_owned(), |field, (code, meaning)| field.replace(code, meaning))
 }
 
+/// Every place is one below the root, and outer ones come first.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mounts = mounts(&String::from_utf8_lossy(bytes));
+    let depth = |mount: &Mount| mount.place.components().count();
+    assert!(mounts.is_sorted_by_key(depth), "an inner one comes first");
+    for Mount { place, .. } in &mounts {
+        let mut parts = place.components();
+        assert_eq!(parts.next(), Some(std::path::Component::RootDir), "{} is relative", place.display());
+        let normal = |part| matches!(part, std::path::Component::Normal(_));
+        assert!(place.parent().is_some() && parts.all(normal), "{} is the root or leads out of it", place.display());
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

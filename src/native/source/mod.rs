@@ -2,10 +2,10 @@
 //!
 //! The disk is the build's own copy: its file systems are checked first, which also brings their journals to an end.
 
-mod ext4;
-mod fstab;
-mod partitions;
-mod qcow2;
+pub(crate) mod ext4;
+pub(crate) mod fstab;
+pub(crate) mod partitions;
+pub(crate) mod qcow2;
 mod unpack;
 
 use std::{
@@ -98,7 +98,7 @@ pub(super) async fn unpack(image: &Path, root: &Path, runner: &Runner) -> Result
     let (image, stopped) = (image.to_owned(), runner.clone());
     let raw = blocking(move || raw_disk(&image, &stopped)).await?;
     let disk = open(&raw)?;
-    let partitions = partitions::find(&raw, &disk).map_err(|source| unreadable(&raw, source))?;
+    let partitions = partitions::find(&disk).map_err(|source| unreadable(&raw, source))?;
     let system = find_root(&disk, &partitions)?;
     unpack_one(&raw, system, "/", root, runner).await?;
     let table = within(root, |tree| tree.read(FSTAB))??.unwrap_or_default();
@@ -326,6 +326,21 @@ fn is_named(disk: &File, partition: &Partition, device: &str) -> bool {
             rest.and_then(|number| number.parse().ok()).is_some_and(|number: u32| partition.number == Some(number))
         }
         _ => false,
+    }
+}
+
+/// Looks for the partitions, for the system in them and for what it may mount.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let mut bytes = bytes.to_vec();
+    partitions::settle_checksums(&mut bytes);
+    let Some(disk) = crate::fuzzing::file(&bytes) else { return };
+    let Ok(partitions) = partitions::find(&disk) else { panic!("a disk that can be read is not") };
+    assert!(!partitions.is_empty(), "a disk has no part, not even itself");
+    let _ = find_root(&disk, &partitions);
+    for device in ["LABEL=root", "UUID=1", "PARTUUID=1", "PARTLABEL=root", "/dev/vda1", "/dev/disk/by-label/root"] {
+        let mount = Mount { device: device.to_owned(), place: PathBuf::from("/boot"), may_be_missing: false };
+        let _ = find_mounted(&disk, &partitions, &mount);
     }
 }
 
@@ -652,7 +667,7 @@ mod tests {
             let mut bytes = [0; 64];
             file.read_exact_at(&mut bytes, MIB + offset).unwrap();
             disk.mark(MIB + offset, &bytes.map(|byte| byte ^ 0xa5));
-            partitions::find(&path, &file).unwrap();
+            partitions::find(&file).unwrap();
             // Without the check that mends it, so that everything is read as it is.
             if let (Ok(files), true) = (FileSystem::look(&file, MIB), is_root()) {
                 let _ = fs::remove_dir_all(&root);

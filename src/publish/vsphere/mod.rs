@@ -10,7 +10,7 @@ mod library;
 pub mod packer;
 mod privileges;
 mod rest;
-mod soap;
+pub(crate) mod soap;
 mod tags;
 mod tls;
 mod vim;

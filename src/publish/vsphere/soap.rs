@@ -15,6 +15,8 @@ const ENVELOPE: &str = "http://schemas.xmlsoap.org/soap/envelope/";
 const VIM: &str = "urn:vim25";
 const XSI: &str = "http://www.w3.org/2001/XMLSchema-instance";
 const XSD: &str = "http://www.w3.org/2001/XMLSchema";
+/// Elements in each other that are believed. vCenter's have some ten; each takes room on the stack.
+const DEEPEST: usize = 100;
 
 /// An XML element, without namespaces: the API has only one.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -110,26 +112,31 @@ impl Element {
         writer.write_event(Event::End(BytesEnd::new(self.name.as_str())))
     }
 
-    fn read(node: roxmltree::Node<'_, '_>) -> Self {
+    /// `None` where elements are in each other deeper than any that are known.
+    fn read(node: roxmltree::Node<'_, '_>, depth: usize) -> Option<Self> {
+        if depth > DEEPEST {
+            return None;
+        }
         let kind = node.attribute((XSI, "type")).map(|kind| match kind.split_once(':') {
             Some((prefix, name)) if node.lookup_namespace_uri(Some(prefix)) == Some(XSD) => format!("xsd:{name}"),
             Some((_, name)) => name.to_owned(),
             None => kind.to_owned(),
         });
         let attributes = node.attributes().filter(|attribute| attribute.namespace().is_none());
-        Self {
+        let elements = node.children().filter(roxmltree::Node::is_element);
+        Some(Self {
             name: node.tag_name().name().to_owned(),
             kind,
             attributes: attributes
                 .map(|attribute| (attribute.name().to_owned(), attribute.value().to_owned()))
                 .collect(),
-            children: node.children().filter(roxmltree::Node::is_element).map(Self::read).collect(),
+            children: elements.map(|child| Self::read(child, depth + 1)).collect::<Option<_>>()?,
             text: if node.children().any(|child| child.is_element()) {
                 String::new()
             } else {
                 node.text().unwrap_or_default().to_owned()
             },
-        }
+        })
     }
 }
 
@@ -280,7 +287,17 @@ fn envelope(method: &Element) -> std::io::Result<Vec<u8>> {
 fn body(text: &str) -> Option<Element> {
     let document = roxmltree::Document::parse(text).ok()?;
     let body = document.root_element().children().find(|node| node.has_tag_name((ENVELOPE, "Body")))?;
-    body.children().find(roxmltree::Node::is_element).map(Element::read)
+    Element::read(body.children().find(roxmltree::Node::is_element)?, 0)
+}
+
+/// What was read can be sent back.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Some(element) = str::from_utf8(bytes).ok().and_then(body) else { return };
+    let _ = (Fault::soap(&element), Fault::localized(&element), element.object());
+    let sent = envelope(&element).ok().and_then(|envelope| body(str::from_utf8(&envelope).ok()?));
+    let same = |sent: Element| sent.name == element.name && sent.children.len() == element.children.len();
+    assert!(sent.is_some_and(same), "{element:?}");
 }
 
 #[cfg(test)]
@@ -316,6 +333,16 @@ mod tests {
         fn garbage_is_no_body(text in ".{0,200}") {
             prop_assert_eq!(body(&text), None);
         }
+    }
+
+    #[test]
+    fn elements_in_each_other_without_end_are_no_body() {
+        let nested = |depth: usize| {
+            let (open, close) = ("<a>".repeat(depth), "</a>".repeat(depth));
+            body(&format!("<Envelope xmlns=\"{ENVELOPE}\"><Body>{open}{close}</Body></Envelope>"))
+        };
+        assert!(nested(DEEPEST).is_some());
+        assert_eq!(nested(200_000), None);
     }
 
     #[test]
