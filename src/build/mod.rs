@@ -205,6 +205,13 @@ fn trust_bundle(request: &BuildRequest) -> Result<Option<Vec<u8>>, BuildError> {
     fs::read(path).map(Some).map_err(|source| BuildError::TrustBundle { path: path.clone(), source })
 }
 
+/// Where the machine of the engine `ImageBuilder` is.
+enum Place<'p> {
+    /// On this node, run by this.
+    Here(Virtualization),
+    At(&'p Provider),
+}
+
 struct Build<'b> {
     request: &'b BuildRequest,
     environment: Environment,
@@ -286,22 +293,20 @@ impl Build<'_> {
                     Some(accelerator::probe(request.verify.accelerator, workspace.dir(), &runner).await?)
                 }
             };
-            let machine = match (&image_builder, &provider, virtualization) {
-                (None, _, _) => None,
-                (Some(_), Some(provider), _) => Some(Machine::There(provider.remote(request).await?)),
-                (Some(_), None, Some(virtualization)) => Some(Machine::Here(virtualization)),
-                (Some(_), None, None) => return Err(BuildError::Inconsistent),
-            };
-            Ok::<_, BuildError>((client, uploads, provider, virtualization, machine))
+            Ok::<_, BuildError>((client, uploads, provider, virtualization))
         };
-        let (client, uploads, provider, virtualization, machine) = self.stage(Stage::Prepare, prepare).await?;
+        let (client, uploads, provider, virtualization) = self.stage(Stage::Prepare, prepare).await?;
 
         let fetcher = Fetcher::new(client.clone(), workspace.cache(), cancel.clone())?;
         let (assembled, base_url, base_digest) = match &image_builder {
             None => Box::pin(self.assemble(&native, &fetcher, provider.as_ref(), &reporter, workspace)).await?,
             Some(image_builder) => {
-                let machine = machine.ok_or(BuildError::Inconsistent)?;
-                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, &machine, provider.as_ref())).await?
+                let place = match (&provider, virtualization) {
+                    (Some(provider), _) => Place::At(provider),
+                    (None, Some(virtualization)) => Place::Here(virtualization),
+                    (None, None) => return Err(BuildError::Inconsistent),
+                };
+                Box::pin(self.run_packer(image_builder, &fetcher, &reporter, &place)).await?
             }
         };
 
@@ -386,8 +391,7 @@ impl Build<'_> {
         engine: &ImageBuilder<'_>,
         fetcher: &Fetcher,
         reporter: &Reporter,
-        machine: &Machine,
-        provider: Option<&Provider>,
+        place: &Place<'_>,
     ) -> Result<MadeDisk, BuildError> {
         let request = self.request;
         let fetch = async {
@@ -400,19 +404,32 @@ impl Build<'_> {
             };
             let plugins = &request.release.cni_plugins.artifact;
             let (medium, cni_plugins) = tokio::try_join!(medium, fetcher.fetch(plugins, |_, _| {}))?;
-            Ok::<_, BuildError>(imagebuilder::Fetched { medium, cni_plugins })
+            let machine = match place {
+                Place::Here(virtualization) => Machine::Here(*virtualization),
+                Place::At(provider) => {
+                    provider.machine(request, medium.as_ref().map(|(path, _)| path.as_path())).await?
+                }
+            };
+            Ok::<_, BuildError>((imagebuilder::Fetched { medium, cni_plugins }, machine))
         };
-        let fetched = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
-        let made = self.stage(Stage::Install, Box::pin(engine.make(&fetched, machine))).await;
+        let (fetched, machine) = self.stage(Stage::Fetch, Box::pin(fetch)).await?;
+        let make = async {
+            let made = engine.make(&fetched, &machine).await?;
+            if let Place::At(provider) = place {
+                provider.fetch_made(request, &made.assembled.disk).await?;
+            }
+            Ok::<_, BuildError>(made)
+        };
+        let made = self.stage(Stage::Install, Box::pin(make)).await;
         let made = made.inspect_err(|error| {
             if let BuildError::ImageBuilder(error) = error {
                 self.stage = error.stage().unwrap_or(self.stage);
             }
         });
         // However Packer ended: the machine is of no use any more, and may have been left.
-        let made = match provider {
-            Some(provider) => without_leftovers(request, provider, made).await?,
-            None => made?,
+        let made = match place {
+            Place::At(provider) => without_leftovers(request, provider, made).await?,
+            Place::Here(_) => made?,
         };
         self.stage_seconds.remove(&Stage::Install);
         for (stage, took) in made.took {

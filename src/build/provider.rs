@@ -8,11 +8,11 @@ use tokio_util::sync::CancellationToken;
 use super::BuildError;
 use crate::{
     contract::{BuildRequest, PrismSource, ProviderTarget, Stage, VsphereImage},
-    imagebuilder::Remote,
+    imagebuilder::{self, InPrism, InVcenter},
     package::{Format, ImageSource, Machine, Summary},
     progress::Reporter,
     publish::{
-        nutanix::{Nutanix, SourceDisk},
+        nutanix::{Nutanix, PackerPlace, SourceDisk},
         vsphere::{Vsphere, packer},
     },
     secret::Credentials,
@@ -81,15 +81,31 @@ impl Provider {
         }
     }
 
-    /// What Packer is told where it makes its machine at the provider.
-    pub(super) async fn remote(&self, request: &BuildRequest) -> Result<Remote, BuildError> {
-        match self {
-            Self::Vsphere(vsphere) => Ok(Remote {
+    /// Where Packer makes its machine at the provider; `base` is the file that the build starts from.
+    pub(super) async fn machine(
+        &self,
+        request: &BuildRequest,
+        base: Option<&Path>,
+    ) -> Result<imagebuilder::Machine, BuildError> {
+        Ok(match self {
+            Self::Vsphere(vsphere) => imagebuilder::Machine::InVcenter(InVcenter {
                 machine: packer::machine_name(&request.identity.build_id),
                 medium: packer::medium_name(&request.identity.build_id),
                 place: Box::pin(vsphere.packer_place()).await?,
             }),
-            Self::Nutanix(_) => Err(BuildError::Inconsistent),
+            Self::Nutanix(nutanix) => {
+                let PackerPlace { name, cluster, subnet, source } =
+                    Box::pin(nutanix.packer_place(request, base)).await?;
+                imagebuilder::Machine::InPrism(InPrism { name, cluster, subnet, source })
+            }
+        })
+    }
+
+    /// Brings the disk of Packer's machine to the new file `disk`, where Packer has left it at the provider.
+    pub(super) async fn fetch_made(&self, request: &BuildRequest, disk: &Path) -> Result<(), BuildError> {
+        match self {
+            Self::Vsphere(_) => Ok(()),
+            Self::Nutanix(nutanix) => Ok(Box::pin(nutanix.fetch_made(request, disk)).await?),
         }
     }
 

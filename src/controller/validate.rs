@@ -94,9 +94,10 @@ fn digest(value: &impl Serialize) -> String {
 /// Whether this version can build it, wherever that runs.
 pub fn supported(spec: &NodeImageBuildSpec) -> Result<(), Refusal> {
     let provider = spec.provider()?;
-    if spec.engine == Engine::ImageBuilder && provider == Provider::Nutanix {
-        let instead = "that engine makes baremetal and vsphere images; write Native, or leave engine out";
-        return Err(Refusal::not_supported(&format!("engine: ImageBuilder for {provider}"), instead));
+    let subnet = spec.nutanix.as_ref().and_then(|nutanix| nutanix.subnet.as_ref());
+    if spec.engine == Engine::ImageBuilder && provider == Provider::Nutanix && subnet.is_none() {
+        let instead = "its machine is put there; write spec.nutanix.subnet, or engine: Native, which needs no machine";
+        return Err(Refusal::not_supported("engine: ImageBuilder without a subnet", instead));
     }
     if let Some(rebuild) = &spec.rebuild {
         super::rebuild::check(rebuild)?;
@@ -181,8 +182,8 @@ pub fn request(
         engine: engine(spec),
         base: match (spec.engine, &spec.base) {
             // Upstream's recipe names an installation medium.
-            (Engine::ImageBuilder, None) => contract::Base::Recipe,
-            (Engine::ImageBuilder, Some(_)) | (Engine::Native, _) => base(spec)?,
+            (Engine::ImageBuilder, None) if spec.nutanix.is_none() => contract::Base::Recipe,
+            (Engine::ImageBuilder | Engine::Native, _) => base(spec)?,
         },
         disk_size_mib: spec.disk_size_mib()?,
         packages: contract::Packages {
@@ -298,7 +299,7 @@ pub fn base(spec: &NodeImageBuildSpec) -> Result<contract::Base, Refusal> {
     Ok(contract::Base::Archive(Archive { url: url(place, "spec.base.url")?, checksum }))
 }
 
-/// Canonical's root file system of an Ubuntu release, with the checksums published beside it.
+/// Canonical's root file system of an Ubuntu release, as an archive or as a disk, with the checksums published beside it.
 fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
     let series = match (spec.os.name, spec.os.version.as_str()) {
         (OsName::Ubuntu, "22.04") => "jammy",
@@ -316,7 +317,11 @@ fn default_base(spec: &NodeImageBuildSpec) -> Result<Archive, Refusal> {
         }
     };
     let directory = format!("https://cloud-images.ubuntu.com/releases/{series}/release");
-    let file = format!("ubuntu-{}-server-cloudimg-amd64-root.tar.xz", spec.os.version);
+    let kind = match spec.engine {
+        Engine::Native => "-root.tar.xz",
+        Engine::ImageBuilder => ".img",
+    };
+    let file = format!("ubuntu-{}-server-cloudimg-amd64{kind}", spec.os.version);
     Ok(Archive {
         url: url(&format!("{directory}/{file}"), "spec.base.url")?,
         checksum: BaseChecksum::Sha256Sums(url(&format!("{directory}/SHA256SUMS"), "spec.base.sha256SumsURL")?),
@@ -830,7 +835,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_engine_image_builder_does_not_make_is_refused() {
+    fn a_machine_in_prism_central_needs_a_subnet_and_starts_from_a_disk() {
         let mut spec = metal(("ubuntu", "22.04"), json!({}));
         spec.baremetal = None;
         spec.nutanix = serde_json::from_value(json!({
@@ -839,9 +844,11 @@ mod tests {
         .unwrap();
         let refusal = supported(&spec).unwrap_err();
         assert_eq!(refusal.reason, "NotSupported");
-        assert!(refusal.message.contains("write Native"), "{refusal:?}");
-        spec.engine = Engine::Native;
+        assert!(refusal.message.contains("write spec.nutanix.subnet"), "{refusal:?}");
+        spec.nutanix.as_mut().unwrap().subnet = Some("vm-network".into());
         supported(&spec).unwrap();
+        let contract::Base::Archive(disk) = base(&spec).unwrap() else { panic!("no disk to start from") };
+        assert!(disk.url.path().ends_with("/ubuntu-22.04-server-cloudimg-amd64.img"), "{disk:?}");
     }
 
     #[test]

@@ -60,7 +60,14 @@ const TABLE: &[(&[&str], Diagnosis)] = &[
         },
     ),
     (
-        &["timeout waiting for ip", "waiting for ip address", "no ip address", "error getting vm ip", "get guest ip"],
+        &[
+            "timeout waiting for ip",
+            "waiting for ip address",
+            "no ip address",
+            "error getting vm ip",
+            "get guest ip",
+            "not able to get ip address",
+        ],
         Diagnosis {
             class: FailureClass::Transient,
             reason: "NoAddress",

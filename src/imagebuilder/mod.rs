@@ -143,9 +143,9 @@ pub struct ImageBuilder<'b> {
     pub reporter: Reporter,
 }
 
-/// What Packer is told of a machine that is not on this node.
+/// What Packer is told of a machine in vCenter.
 #[derive(Clone, Debug)]
-pub struct Remote {
+pub struct InVcenter {
     /// Name of the machine.
     pub machine: String,
     /// Name of the installation medium while it is there.
@@ -154,12 +154,28 @@ pub struct Remote {
     pub place: BTreeMap<&'static str, String>,
 }
 
+/// What Packer is told of a machine in Prism Central.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct InPrism {
+    /// Name of the machine, and of the image that Packer makes of its disk.
+    pub name: String,
+    /// UUID of the cluster that it runs in.
+    pub cluster: String,
+    /// UUID of its subnet.
+    pub subnet: String,
+    /// UUID of the image that its disk starts as.
+    pub source: String,
+}
+
 /// Where the machine is that is built in.
 #[derive(Clone, Debug)]
 pub enum Machine {
     /// On this node, run by this.
     Here(Virtualization),
-    There(Remote),
+    /// Its disk comes back with Packer's export.
+    InVcenter(InVcenter),
+    /// Its disk stays there as an image, for whoever fetches it.
+    InPrism(InPrism),
 }
 
 /// What was fetched before Packer starts.
@@ -184,13 +200,11 @@ pub struct Made {
 impl ImageBuilder<'_> {
     fn recipe(&self) -> Result<Recipe, NoRecipe> {
         match self.request.provider {
-            Provider::Baremetal => Recipe::of(self.request, false),
+            Provider::Baremetal | Provider::Nutanix => Recipe::of(self.request, false),
             Provider::Vsphere => {
                 let recipe = Recipe::of(self.request, self.settings.template.is_some())?;
                 Ok(upstream::settle(self.upstream, recipe))
             }
-            // Its plugin of Packer's can not be told apart from others by what it leaves in Prism Central.
-            Provider::Nutanix => Err(NoRecipe::of(self.request)),
         }
     }
 
@@ -204,12 +218,12 @@ impl ImageBuilder<'_> {
         Ok(())
     }
 
-    /// Runs Packer and brings its result to where the other engine puts it.
+    /// Runs Packer and brings its result to where the other engine puts it; from Prism Central the caller does.
     pub async fn make(&self, fetched: &Fetched, machine: &Machine) -> Result<Made, ImageBuilderError> {
         let recipe = self.recipe()?;
         let secrets = SecretDir::mount(self.dir.join("secrets"))?;
         let mut known = self.known(fetched, &secrets)?;
-        if let (Machine::There(remote), Some((path, _))) = (machine, &mut known.medium) {
+        if let (Machine::InVcenter(remote), Some((path, _))) = (machine, &mut known.medium) {
             *path = self.name_medium(Path::new(path), remote)?.display().to_string();
         }
         let password = self.ssh_password().await?;
@@ -222,7 +236,7 @@ impl ImageBuilder<'_> {
             var_files.push(secrets.write(&format!("{}.json", file.name), file.vars.to_string().as_bytes())?);
         }
         let ansible = secrets.write("ansible.json", self.ansible_vars(&secrets)?.to_string().as_bytes())?;
-        let engine = self.engine_vars(&ansible, machine)?.to_string();
+        let engine = self.engine_vars(&ansible, machine, copy.user_data(&recipe)?)?.to_string();
         var_files.push(secrets.write("engine.json", engine.as_bytes())?);
         let base_digest = match &fetched.medium {
             Some((_, digest)) => Some(digest.clone()),
@@ -238,7 +252,8 @@ impl ImageBuilder<'_> {
         let disk = self.dir.join("disk.raw");
         match machine {
             Machine::Here(_) => post::bring(&output, &disk)?,
-            Machine::There(_) => post::unpack(&output, &disk).await?,
+            Machine::InVcenter(_) => post::unpack(&output, &disk).await?,
+            Machine::InPrism(_) => {}
         }
         let images = listing.lines().filter_map(|line| line.strip_prefix("image\t")).map(str::to_owned).collect();
         let expected = Expected {
@@ -254,7 +269,7 @@ impl ImageBuilder<'_> {
     }
 
     /// Packer uploads a file of this machine under the name that it has here.
-    fn name_medium(&self, medium: &Path, remote: &Remote) -> Result<PathBuf, ImageBuilderError> {
+    fn name_medium(&self, medium: &Path, remote: &InVcenter) -> Result<PathBuf, ImageBuilderError> {
         let named = self.dir.join(&remote.medium);
         match fs::hard_link(medium, &named) {
             Ok(()) => Ok(named),
@@ -276,9 +291,14 @@ impl ImageBuilder<'_> {
             medium: fetched.medium.as_ref().map(|(path, digest)| (path.display().to_string(), digest.clone())),
             ..Known::default()
         };
-        if let Some(ProviderTarget::Vsphere(target)) = &self.request.provider_target {
-            known.username = secret(&target.slot, "username")?.unwrap_or_default();
-            known.password = secret(&target.slot, "password")?.unwrap_or_default();
+        let slot = match &self.request.provider_target {
+            Some(ProviderTarget::Vsphere(target)) => Some(&target.slot),
+            Some(ProviderTarget::Nutanix(target)) => Some(&target.slot),
+            None => None,
+        };
+        if let Some(slot) = slot {
+            known.username = secret(slot, "username")?.unwrap_or_default();
+            known.password = secret(slot, "password")?.unwrap_or_default();
         }
         if let Some(subscription) = &self.request.subscription {
             let slot = &subscription.slot;
@@ -351,17 +371,35 @@ impl ImageBuilder<'_> {
     }
 
     /// Variables of Packer that count before all others.
-    fn engine_vars(&self, ansible: &Path, machine: &Machine) -> Result<Value, ImageBuilderError> {
+    fn engine_vars(
+        &self,
+        ansible: &Path,
+        machine: &Machine,
+        user_data: Option<String>,
+    ) -> Result<Value, ImageBuilderError> {
         let mut vars = json!({
             "ansible_user_vars": format!("@{}", ansible.display()),
             "headless": "true",
             "output_directory": self.output(),
         });
-        if let Machine::There(Remote { place, .. }) = machine {
-            for (name, value) in place {
-                vars[*name] = json!(value);
+        match machine {
+            Machine::Here(_) => {}
+            Machine::InVcenter(InVcenter { place, .. }) => {
+                for (name, value) in place {
+                    vars[*name] = json!(value);
+                }
+                vars["disk_size"] = json!(self.request.disk_size_mib.to_string());
             }
-            vars["disk_size"] = json!(self.request.disk_size_mib.to_string());
+            Machine::InPrism(InPrism { name, .. }) => {
+                vars["image_name"] = json!(name);
+                vars["image_export"] = json!("false");
+                vars["disk_size_gb"] = json!(self.request.disk_size_mib.div_ceil(1024).to_string());
+            }
+        }
+        if let Some(user_data) = user_data {
+            // The password is in it.
+            self.redactor.add(&user_data);
+            vars["user_data"] = json!(user_data);
         }
         if let (Some(_), Some(ProviderTarget::Vsphere(target))) =
             (&self.settings.template, &self.request.provider_target)

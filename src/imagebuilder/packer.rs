@@ -71,6 +71,9 @@ pub struct Said {
     pub last: Vec<String>,
 }
 
+/// Types of the builders that upstream's recipes have.
+const BUILDERS: [&str; 4] = ["qemu", "vsphere-iso", "vsphere-clone", "nutanix"];
+
 /// Follows the output of one run.
 #[derive(Debug)]
 pub struct Watch {
@@ -162,18 +165,22 @@ impl Watch {
     }
 }
 
-/// Without the mark of the builder that speaks: `==> qemu: `, `    qemu: `.
+/// Without the mark of the builder that speaks: `==> qemu: `, `    qemu: `; from Packer 1.7 on `==> vsphere-iso.vsphere: `
+/// where its name is not that of its type.
 fn plain(line: &str) -> &str {
     let text = line.trim();
     let text = text.strip_prefix("==> ").or_else(|| text.strip_prefix("--> ")).unwrap_or(text);
-    match text.split_once(": ") {
-        Some((builder, rest)) if builder.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-') => match builder
-        {
-            // Ansible's words, which stand after the builder's name.
-            "fatal" | "failed" | "ok" | "changed" | "skipping" => text,
-            _ => rest.trim(),
-        },
-        Some(_) | None => text,
+    let Some((builder, rest)) = text.split_once(": ") else { return text };
+    let is_name = |name: &str| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+    let is_builder = match builder.split_once('.') {
+        Some((kind, name)) => BUILDERS.contains(&kind) && is_name(name),
+        None => is_name(builder),
+    };
+    match builder {
+        // Ansible's words, which stand after the builder's name.
+        "fatal" | "failed" | "ok" | "changed" | "skipping" => text,
+        _ if is_builder => rest.trim(),
+        _ => text,
     }
 }
 
@@ -322,6 +329,19 @@ mod tests {
         assert_eq!(watch(&run[..1]).0, Stage::Fetch);
         assert_eq!(watch(&run[..3]).0, Stage::Install);
         assert_eq!(watch(&run).0, Stage::Seal);
+    }
+
+    #[test]
+    fn who_speaks_is_no_part_of_what_is_said() {
+        for (line, text) in [
+            ("==> qemu: Retrieving ISO", "Retrieving ISO"),
+            ("==> vsphere-iso.vsphere: Waiting for IP...", "Waiting for IP..."),
+            ("    nutanix: Found IP", "Found IP"),
+            ("fatal: [default]: FAILED!", "fatal: [default]: FAILED!"),
+            ("main.yml: no such file", "main.yml: no such file"),
+        ] {
+            assert_eq!(plain(line), text);
+        }
     }
 
     #[test]

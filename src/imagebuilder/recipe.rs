@@ -54,6 +54,8 @@ pub struct Recipe {
     pub template: &'static str,
     /// Name or type of its builder that is run.
     pub builder: &'static str,
+    /// What cloud-init is told in a machine that starts from a disk.
+    pub user_data: Option<String>,
 }
 
 impl Recipe {
@@ -98,6 +100,8 @@ impl Recipe {
             ),
         };
         let common = COMMON.iter().map(|name| format!("packer/config/{name}.json"));
-        Ok(Self { var_files: common.chain(own).collect(), template, builder })
+        let user_data = (*provider == Provider::Nutanix)
+            .then(|| format!("packer/nutanix/linux/cloud-init/{os}/{version}/user-data"));
+        Ok(Self { var_files: common.chain(own).collect(), template, builder, user_data })
     }
 }

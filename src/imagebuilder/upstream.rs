@@ -7,9 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde_json::{Map, Value, json};
 
-use super::{Machine, Remote, recipe::Recipe};
+use super::{InPrism, InVcenter, Machine, recipe::Recipe};
 use crate::{
     contract::{Classified, FailureClass, Firmware, ImageBuilderSettings},
     native::accelerator::Virtualization,
@@ -195,6 +196,16 @@ impl WorkingCopy {
         Ok(copy)
     }
 
+    /// What upstream's `make` writes of its file for cloud-init into a variable. The first versions have it there.
+    pub(super) fn user_data(&self, recipe: &Recipe) -> Result<Option<String>, UpstreamError> {
+        let Some(path) = recipe.user_data.as_ref().map(|path| self.dir.join(path)) else { return Ok(None) };
+        match fs::read(&path) {
+            Ok(text) => Ok(Some(STANDARD.encode(text))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(UpstreamError::Copy { path, source }),
+        }
+    }
+
     /// Values of a var-file of upstream's, if it is there and one.
     pub(super) fn vars(&self, path: &str) -> Option<Value> {
         serde_json::from_str(&fs::read_to_string(self.dir.join(path)).ok()?).ok()
@@ -262,7 +273,7 @@ fn runs_in(provisioner: &mut Value, builder: &str) -> bool {
 }
 
 /// The machine in vCenter is only where the disk is made: it comes here, and what becomes of it is this program's to do.
-fn edit_remote(keys: &mut Map<String, Value>, remote: &Remote, output: &Path) {
+fn edit_in_vcenter(keys: &mut Map<String, Value>, remote: &InVcenter, output: &Path) {
     keys.insert("vm_name".to_owned(), json!(remote.machine));
     keys.insert("export".to_owned(), json!({"force": true, "manifest": "none", "output_directory": output}));
     for key in ["convert_to_template", "create_snapshot"] {
@@ -276,6 +287,28 @@ fn edit_remote(keys: &mut Map<String, Value>, remote: &Remote, output: &Path) {
         let medium = output.with_file_name(&remote.medium);
         keys.insert("iso_target_path".to_owned(), json!(medium));
     }
+}
+
+/// The same in Prism Central, where all that Packer makes has the build's name, and nothing is taken away that has not.
+fn edit_in_prism(keys: &mut Map<String, Value>, remote: &InPrism) {
+    let InPrism { name, cluster, subnet, source } = remote;
+    for key in ["vm_name", "image_name"] {
+        keys.insert(key.to_owned(), json!(name));
+    }
+    for (key, value) in
+        [("force_deregister", true), ("image_delete", false), ("image_export", false), ("vm_force_delete", true)]
+    {
+        keys.insert(key.to_owned(), json!(value));
+    }
+    keys.remove("cluster_name");
+    keys.insert("cluster_uuid".to_owned(), json!(cluster));
+    let size = keys.get("vm_disks").and_then(|disks| disks.get("disk_size_gb")).cloned();
+    let mut disk = json!({"image_type": "DISK_IMAGE", "source_image_uuid": source});
+    if let Some(size) = size {
+        disk["disk_size_gb"] = size;
+    }
+    keys.insert("vm_disks".to_owned(), json!([disk]));
+    keys.insert("vm_nics".to_owned(), json!([{"subnet_uuid": subnet}]));
 }
 
 /// `None` where the builder is not there.
@@ -302,7 +335,8 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
             }
         }
         Machine::Here(_) => {}
-        Machine::There(remote) => edit_remote(keys, remote, output),
+        Machine::InVcenter(remote) => edit_in_vcenter(keys, remote, output),
+        Machine::InPrism(remote) => edit_in_prism(keys, remote),
     }
     template["builders"] = json!([builder]);
     // The disk is packaged by this program.
@@ -447,7 +481,7 @@ mod tests {
     }
 
     fn remote() -> Machine {
-        Machine::There(Remote {
+        Machine::InVcenter(InVcenter {
             machine: "node-image-build-0123456789".into(),
             medium: "node-image-build-0123456789.iso".into(),
             place: std::collections::BTreeMap::new(),
@@ -483,6 +517,48 @@ mod tests {
         let medium = dir.path().join("node-image-build-0123456789.iso");
         assert_eq!(builder.get("iso_target_path"), from.is_none().then(|| json!(medium)).as_ref());
         assert_eq!(template.get("post-processors"), None);
+    }
+
+    /// A build in Prism Central.
+    fn in_prism(mut request: BuildRequest) -> (BuildRequest, Machine) {
+        request.provider = Provider::Nutanix;
+        request.provider_target = serde_json::from_value(json!({"nutanix": {
+            "endpoint": "prism", "port": 9440, "slot": "nutanix", "cluster": {"name": "pe1"}, "subnet": "vm-network",
+            "imageName": "golden",
+        }}))
+        .unwrap();
+        let machine = InPrism {
+            name: "node-image-build-0123456789".into(),
+            cluster: "cluster-uuid".into(),
+            subnet: "subnet-uuid".into(),
+            source: "source-uuid".into(),
+        };
+        (request, Machine::InPrism(machine))
+    }
+
+    #[test]
+    fn a_machine_in_prism_central_takes_nothing_away_and_starts_from_our_disk() {
+        let dir = tempfile::tempdir().unwrap();
+        let (request, machine) = in_prism(request(OsName::Ubuntu, "22.04", Firmware::Bios));
+        let copy = make(&ours(), dir.path(), &request, &machine);
+        let text = fs::read_to_string(copy.dir.join("packer/nutanix/packer.json")).unwrap();
+        let template: Value = serde_json::from_str(&text).unwrap();
+        let [builder] = &template["builders"].as_array().unwrap()[..] else { panic!("{template}") };
+        let name = json!("node-image-build-0123456789");
+        assert_eq!((&builder["vm_name"], &builder["image_name"]), (&name, &name));
+        assert_eq!((&builder["cluster_uuid"], builder.get("cluster_name")), (&json!("cluster-uuid"), None));
+        let disk = json!({
+            "image_type": "DISK_IMAGE", "source_image_uuid": "source-uuid", "disk_size_gb": "{{user `disk_size_gb`}}",
+        });
+        assert_eq!(builder["vm_disks"], json!([disk]));
+        assert_eq!(builder["vm_nics"], json!([{"subnet_uuid": "subnet-uuid"}]));
+        assert_eq!((&builder["image_export"], &builder["vm_force_delete"]), (&json!(false), &json!(true)));
+        let recipe = Recipe::of(&request, false).unwrap();
+        let user_data = STANDARD.decode(copy.user_data(&recipe).unwrap().unwrap()).unwrap();
+        let user_data = String::from_utf8(user_data).unwrap();
+        assert!(user_data.contains("    builder:plain\n"), "{user_data}");
+        fs::remove_dir_all(copy.dir.join("packer/nutanix/linux")).unwrap();
+        assert_eq!(copy.user_data(&recipe).unwrap(), None);
     }
 
     #[test]
@@ -530,7 +606,8 @@ mod tests {
     }
 
     /// With a checkout of kubernetes-sigs/image-builder: the path of its `images/capi` in `NIB_UPSTREAM`. Packer's plugins
-    /// may be missing, so the template is checked as far as it goes without them.
+    /// may be missing, so the template is checked as far as it goes without them. `NIB_PACKER` is the home of another Packer
+    /// than Debian's, with Nutanix's plugin.
     #[test]
     fn true_recipes_take_these_var_files() {
         let Some(upstream) = env::var_os("NIB_UPSTREAM").map(PathBuf::from) else {
@@ -557,6 +634,12 @@ mod tests {
         });
         let all = here.map(|request| (request, Machine::Here(Virtualization::Software)));
         let all = all.into_iter().chain(there.into_iter().flatten().map(|request| (request, remote())));
+        // Debian's Packer can not run Nutanix's plugin.
+        let home = env::var_os("NIB_PACKER").map(PathBuf::from);
+        let in_prism =
+            [(OsName::Ubuntu, "22.04"), (OsName::Ubuntu, "24.04"), (OsName::Redhat, "8"), (OsName::Redhat, "9")]
+                .map(|(name, version)| in_prism(request(name, version, Firmware::Bios)));
+        let all = all.chain(in_prism.into_iter().filter(|_| home.is_some()));
         for (request, machine) in all {
             let dir = tempfile::tempdir().unwrap();
             let (name, version) = (request.os.name, request.os.version.as_str());
@@ -571,19 +654,23 @@ mod tests {
                 let text = fs::read_to_string(copy.dir.join("ansible").join(file)).unwrap();
                 assert!(text.contains(instead), "{file} of this version is not changed");
             }
-            // Debian's Packer 1.6 has no Goss, and does not know these keys yet.
+            // Neither Packer has Goss, and Debian's does not know these keys yet.
             let template = copy.dir.join(recipe.template);
             let mut document: Value = serde_json::from_str(&fs::read_to_string(&template).unwrap()).unwrap();
             document["provisioners"].as_array_mut().unwrap().retain(|provisioner| provisioner["type"] != "goss");
             let unknown: &[&str] = match machine {
-                Machine::Here(_) => &["cpu_model", "firmware"],
-                Machine::There(_) => &["destroy", "remote_cache_cleanup"],
+                Machine::Here(_) if home.is_none() => &["cpu_model", "firmware"],
+                Machine::InVcenter(_) if home.is_none() => &["destroy", "remote_cache_cleanup"],
+                Machine::Here(_) | Machine::InVcenter(_) | Machine::InPrism(_) => &[],
             };
             for key in unknown {
                 document["builders"][0].as_object_mut().unwrap().remove(*key);
             }
             fs::write(&template, document.to_string()).unwrap();
-            let mut packer = Command::new("packer");
+            let mut packer = Command::new(home.as_ref().map_or("packer".into(), |home| home.join(".local/bin/packer")));
+            if let Some(home) = &home {
+                packer.env("HOME", home);
+            }
             packer.arg("validate").current_dir(&copy.dir).env("CHECKPOINT_DISABLE", "1");
             let mut files: Vec<_> =
                 recipe.var_files.iter().map(|file| copy.dir.join(file)).filter(|path| path.exists()).collect();
@@ -592,6 +679,9 @@ mod tests {
                 let path = dir.path().join(format!("{}.json", file.name));
                 fs::write(&path, file.vars.to_string()).unwrap();
                 files.push(path);
+            }
+            if let Some(user_data) = copy.user_data(&recipe).unwrap() {
+                packer.arg(format!("-var=user_data={user_data}"));
             }
             for file in files {
                 packer.arg(format!("-var-file={}", file.display()));

@@ -257,7 +257,7 @@ struct Nutanix<'a> {
     image_name: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     image_url: Option<&'a str>,
-    /// The disk comes back as a file, and is published as every engine's is.
+    /// As in the EKS Anywhere tool; the engine itself fetches the image.
     image_export: &'static str,
     #[serde(flatten)]
     rhel: Rhel<'a>,

@@ -420,6 +420,11 @@ fn field_rules() -> Vec<FieldRule> {
             ),
         ),
         rule(
+            "the engine ImageBuilder builds in a machine in Prism Central: write nutanix.subnet, where the machine goes",
+            merged(on_nutanix(json!({"subnet": "vm-network"})), json!({"engine": "ImageBuilder"})),
+            merged(on_nutanix(json!({})), json!({"engine": "ImageBuilder"})),
+        ),
+        rule(
             "only redhat has a subscription: leave it out",
             satellite(json!({})),
             metal(json!({"subscription": {"credentialsSecretRef": {"name": "subscription"}}})),

@@ -38,7 +38,7 @@ pub struct Os {
 pub struct Base {
     /// Where to download it. With `engine: Native` a root file system as a tar archive, plain or compressed with gzip,
     /// xz or zstd, e.g. `https://mirror.example.com/debian-12-amd64-root.tar.xz`. With `engine: ImageBuilder` the
-    /// installation ISO, or for nutanix the cloud image.
+    /// installation ISO, or for nutanix the disk of a cloud image, qcow2 or raw.
     #[schemars(schema_with = "schema::http_url")]
     pub url: String,
     /// SHA-256 of the file, 64 lower-case hexadecimal digits.

@@ -25,8 +25,8 @@ pub struct Nutanix {
     pub insecure: bool,
     /// Prism Element cluster that stores the image.
     pub cluster: NutanixCluster,
-    /// Subnet of the machine that builds with `engine: ImageBuilder`, e.g. `vm-network`. With `engine: Native` only
-    /// checked to exist.
+    /// Subnet of the machine that builds with `engine: ImageBuilder`, which needs it, e.g. `vm-network`. With
+    /// `engine: Native` only checked to exist.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64))]
     pub subnet: Option<String>,
@@ -40,7 +40,8 @@ pub struct Nutanix {
     #[serde(default)]
     pub replace_existing: bool,
     /// Name of an image in Prism Central to start from, instead of `spec.base`, e.g. `ubuntu-22.04-server`: the disk of
-    /// the system that `spec.os` names, with its files in ext4 partitions.
+    /// the system that `spec.os` names, with its files in ext4 partitions; with `engine: ImageBuilder` one that
+    /// cloud-init starts in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 255))]
     pub source_image_name: Option<String>,

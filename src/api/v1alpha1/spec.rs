@@ -74,6 +74,9 @@ use crate::contract::{Firmware, OsName, Provider, Proxy};
     validation = Rule::new("self.engine != 'ImageBuilder' || !has(self.vsphere) || !has(self.vsphere.thumbprint)")
         .message("the engine ImageBuilder runs Packer, which knows no vsphere.thumbprint: write vCenter's authority as trustBundle, or insecure: true")
         .field_path(".vsphere"),
+    validation = Rule::new("self.engine != 'ImageBuilder' || !has(self.nutanix) || has(self.nutanix.subnet)")
+        .message("the engine ImageBuilder builds in a machine in Prism Central: write nutanix.subnet, where the machine goes")
+        .field_path(".nutanix"),
     validation = Rule::new("self.os.name == 'redhat' || !has(self.subscription)")
         .message("only redhat has a subscription: leave it out")
         .field_path(".subscription"),

@@ -75,7 +75,28 @@ pub enum NutanixError {
         "the source image `{name}` did not come whole from {server} ({answer}); if it stays so, upload that image there anew"
     )]
     SourceCorrupted { server: String, name: String, answer: String },
-    #[error("can not write {} of the source image", .path.display())]
+    #[error(
+        "spec.base leads to no disk: with engine: ImageBuilder a machine in Prism Central starts from it, so write the URL \
+         of a qcow2 or of a raw disk, as vendors publish them for clouds"
+    )]
+    NotADisk,
+    #[error(
+        "the build has neither spec.base nor spec.nutanix.sourceImageName, and its machine starts from one of them"
+    )]
+    NoBase,
+    #[error(
+        "the disk that the machine starts from has {size} MiB, and the image gets {wanted} MiB; write spec.diskSize: \
+         {size}Mi, or more"
+    )]
+    DiskTooSmall { size: u64, wanted: u64 },
+    #[error("{what} may be left on {server}")]
+    LeftBehind {
+        server: String,
+        what: String,
+        #[source]
+        cause: Box<NutanixError>,
+    },
+    #[error("can not read or write {}, the disk of an image", .path.display())]
     Disk { path: PathBuf, source: io::Error },
     #[error("the work with Prism Central was cancelled")]
     Cancelled,
@@ -87,6 +108,7 @@ impl Classified for NutanixError {
             Self::Package(error) => error.class(),
             Self::Secret(error) => error.class(),
             Self::Http(error) => error.class(),
+            Self::LeftBehind { cause, .. } => cause.class(),
             Self::InvalidEndpoint { .. }
             | Self::Untrusted { .. }
             | Self::CredentialsRefused { .. }
@@ -96,7 +118,10 @@ impl Classified for NutanixError {
             | Self::NameTaken { .. }
             | Self::Ambiguous { .. }
             | Self::Refused { .. }
-            | Self::OldImageStays { .. } => FailureClass::BadInput,
+            | Self::OldImageStays { .. }
+            | Self::NotADisk
+            | Self::NoBase
+            | Self::DiskTooSmall { .. } => FailureClass::BadInput,
             Self::Full { .. } | Self::Disk { .. } => FailureClass::Environment,
             Self::Unavailable { .. }
             | Self::ClusterAway { .. }
@@ -129,6 +154,10 @@ impl Classified for NutanixError {
             Self::Corrupted { .. } => "UploadCorrupted",
             Self::OldImageStays { .. } => "OldImageNotRemoved",
             Self::SourceCorrupted { .. } => "SourceImageCorrupted",
+            Self::NotADisk => "SourceImageUnsupported",
+            Self::NoBase => "InvalidSpec",
+            Self::DiskTooSmall { .. } => "DiskTooSmall",
+            Self::LeftBehind { .. } => "LeftBehind",
             Self::Disk { source, .. } if source.kind() == io::ErrorKind::StorageFull => "DiskFull",
             Self::Disk { .. } => "WorkDirectoryUnusable",
             Self::NotQcow2 { .. } => "NotAQcow2",

@@ -6,6 +6,7 @@
 mod documents;
 mod error;
 mod images;
+mod packer;
 mod place;
 mod prism;
 mod source;
@@ -15,7 +16,7 @@ use std::{path::Path, time::Duration};
 
 use tokio_util::sync::CancellationToken;
 
-pub use self::{error::NutanixError, source::SourceDisk};
+pub use self::{error::NutanixError, packer::PackerPlace, source::SourceDisk};
 use self::{
     prism::{Login, Prism},
     upload::{Upload, working_name},
@@ -35,6 +36,8 @@ const PREFLIGHT_PATIENCE: Duration = Duration::from_secs(20);
 
 /// Share of fetching that the image takes which a build starts from: it is the largest file by far.
 const SOURCE_SHARE: f64 = 0.8;
+/// Share of fetching after which a disk goes to Prism Central that Packer's machine starts from.
+const FETCHED: f64 = 0.5;
 
 /// A finished image in Prism Central.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -60,17 +63,22 @@ pub struct Nutanix {
     pub patience: Duration,
 }
 
-/// Tells how far the stage is.
+/// Tells how far a stage is.
 #[derive(Clone, Debug)]
 struct Progress {
     reporter: Reporter,
+    /// What is on its way, for people.
+    what: String,
+    stage: Stage,
+    /// Share of the stage that is over when it begins.
+    begin: f64,
     /// Share of the stage that Prism Central takes.
     width: f64,
 }
 
 impl Progress {
     fn tell(&self, share: f64, message: impl Into<String>) {
-        self.reporter.report(Stage::Publish, self.width * share, message);
+        self.reporter.report(self.stage, self.begin + self.width * share, message);
     }
 }
 
@@ -113,13 +121,41 @@ impl Nutanix {
         }
         let prism = self.open(self.patience)?;
         #[expect(clippy::cast_precision_loss, reason = "a handful of targets")]
-        let progress = Progress { reporter: self.reporter.clone(), width: 1.0 / (request.publish.len() + 1) as f64 };
-        Upload::new(&prism, &self.target, request, source, &self.cancel, progress).run().await
+        let width = 1.0 / (request.publish.len() + 1) as f64;
+        let (reporter, what) = (self.reporter.clone(), self.target.image_name.clone());
+        let progress = Progress { reporter, what, stage: Stage::Publish, begin: 0.0, width };
+        let name = working_name(&request.identity.build_id);
+        Upload::new(&prism, &self.target, request, name, source, &self.cancel, progress).run().await
+    }
+
+    /// Where Packer makes its machine, and what that starts from: the image that the document names, or the disk `base`,
+    /// which is put there. What an attempt before this one has left is removed first.
+    pub async fn packer_place(&self, request: &BuildRequest, base: Option<&Path>) -> Result<PackerPlace, NutanixError> {
+        let prism = self.open(self.patience)?;
+        let (reporter, what) = (self.reporter.clone(), "the disk that the machine starts from".to_owned());
+        let progress = Progress { reporter, what, stage: Stage::Fetch, begin: FETCHED, width: 1.0 - FETCHED };
+        // What is cancelled removes itself what it has begun.
+        packer::place(&prism, &self.target, request, base, &self.cancel, progress).await
+    }
+
+    /// Downloads the disk of Packer's machine to the new file `path`.
+    pub async fn fetch_made(&self, request: &BuildRequest, path: &Path) -> Result<(), NutanixError> {
+        let prism = self.open(self.patience)?;
+        let tell = |share: f64| {
+            let message = format!("downloading the disk of the machine from {}", prism.server);
+            self.reporter.report(Stage::Assemble, share, message);
+        };
+        let work = packer::fetch_made(&prism, &request.identity.build_id, path, tell);
+        self.cancel.run_until_cancelled(work).await.unwrap_or(Err(NutanixError::Cancelled))
     }
 
     /// Removes what attempts of a build have left that did not end by themselves. An image that is whole stays.
     pub async fn clean(&self, request: &BuildRequest) -> Result<(), NutanixError> {
-        images::remove_named(&self.open(self.patience)?, &working_name(&request.identity.build_id)).await
+        let (prism, build_id) = (self.open(self.patience)?, &request.identity.build_id);
+        if !request.engine.is_native() {
+            packer::clean(&prism, build_id).await?;
+        }
+        images::remove_named(&prism, &working_name(build_id)).await
     }
 
     /// Removes all that a build has made, the whole image too. What another build, or a person, has put in its place stays.

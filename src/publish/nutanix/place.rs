@@ -54,6 +54,25 @@ pub(super) async fn check(prism: &Prism, target: &NutanixTarget, source: Option<
     }
 }
 
+/// UUIDs of the cluster and of the subnet that a machine goes to.
+pub(super) async fn of_machine(prism: &Prism, target: &NutanixTarget) -> Result<(String, String), NutanixError> {
+    let cluster = cluster(prism, target).await?;
+    let wanted = target.subnet.as_deref().unwrap_or_default();
+    let subnets = prism.list("subnet", None).await?;
+    match &reachable(&subnets, wanted, &cluster)[..] {
+        [subnet] => Ok((cluster.uuid, subnet.metadata.uuid.clone())),
+        [] => {
+            let problem = subnet_problem(&subnets, wanted, Some(&cluster));
+            Err(not_found(prism, problem.into_iter().collect()))
+        }
+        several => {
+            let uuids: Vec<_> = several.iter().map(|subnet| subnet.metadata.uuid.as_str()).collect();
+            let problem = format!("subnet `{wanted}`: there are several, give one another name: {}", uuids.join(", "));
+            Err(not_found(prism, vec![problem]))
+        }
+    }
+}
+
 pub(super) fn not_found(prism: &Prism, problems: Vec<String>) -> NutanixError {
     NutanixError::NotFound { server: prism.server.clone(), problems }
 }
@@ -89,21 +108,26 @@ fn find_cluster(clusters: &[Entity], wanted: &ClusterReference) -> Result<Cluste
     }
 }
 
-fn subnet_problem(subnets: &[Entity], wanted: &str, cluster: Option<&Cluster>) -> Option<String> {
-    let named: Vec<_> = subnets.iter().filter(|subnet| subnet.status.name == wanted).collect();
+/// The subnets of this name that machines of the cluster can be in.
+fn reachable<'s>(subnets: &'s [Entity], wanted: &str, cluster: &Cluster) -> Vec<&'s Entity> {
     // An overlay subnet belongs to no cluster.
-    let reaches = |subnet: &&&Entity| match (&subnet.status.cluster_reference, cluster) {
-        (Some(reference), Some(cluster)) => reference.uuid.eq_ignore_ascii_case(&cluster.uuid),
-        (None, _) | (_, None) => true,
+    let reaches = |subnet: &Entity| match &subnet.status.cluster_reference {
+        Some(reference) => reference.uuid.eq_ignore_ascii_case(&cluster.uuid),
+        None => true,
     };
-    if named.iter().any(|subnet| reaches(&subnet)) {
+    subnets.iter().filter(|subnet| subnet.status.name == wanted && reaches(subnet)).collect()
+}
+
+fn subnet_problem(subnets: &[Entity], wanted: &str, cluster: Option<&Cluster>) -> Option<String> {
+    let is_there = subnets.iter().any(|subnet| subnet.status.name == wanted);
+    if is_there && cluster.is_none_or(|cluster| !reachable(subnets, wanted, cluster).is_empty()) {
         return None;
     }
-    Some(if named.is_empty() {
+    Some(if is_there {
+        format!("subnet `{wanted}`: it is a subnet of another cluster")
+    } else {
         let names = subnets.iter().map(|subnet| subnet.status.name.clone()).collect();
         format!("subnet `{wanted}`: {}", near(wanted, names))
-    } else {
-        format!("subnet `{wanted}`: it is a subnet of another cluster")
     })
 }
 

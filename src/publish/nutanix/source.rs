@@ -33,7 +33,11 @@ const DOWNLOADS: usize = 3;
 const QUEUE: usize = 16;
 /// So many zeros become a hole.
 const HOLE: usize = 64 * 1024;
-const QCOW2: &[u8] = b"QFI\xfb";
+pub(super) const QCOW2: &[u8] = b"QFI\xfb";
+/// Where a qcow2 says how large its disk is (QEMU's `docs/interop/qcow2.txt`).
+const QCOW2_SIZE: std::ops::Range<usize> = 24..32;
+/// Where a disk that starts a machine by its BIOS is signed.
+const SIGNATURE: std::ops::Range<usize> = 510..512;
 
 /// A disk that came from Prism Central.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -74,6 +78,37 @@ fn problem(image: &Entity) -> Option<String> {
         return Some(format!("its state is {}, wait until it is {COMPLETE}, or name another one", status.state));
     }
     status.resources.size_bytes.is_none().then(|| "it has no contents, name another one".to_owned())
+}
+
+/// The first bytes of a file, as many as `N` where it has them.
+fn first<const N: usize>(path: &Path) -> Result<[u8; N], NutanixError> {
+    let mut bytes = [0; N];
+    let failed = |source| NutanixError::Disk { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    match file.read_exact_at(&mut bytes, 0) {
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(failed(error)),
+        // A file that is shorter has zeros there, for this purpose.
+        Ok(()) | Err(_) => Ok(bytes),
+    }
+}
+
+/// What a file begins with, to tell its format.
+pub(super) fn beginning(path: &Path) -> Result<[u8; QCOW2.len()], NutanixError> {
+    first(path)
+}
+
+/// Bytes of the disk in a file that vendors publish for machines: a qcow2 or a raw disk.
+pub(super) fn disk_size(path: &Path) -> Result<u64, NutanixError> {
+    let header: [u8; 512] = first(path)?;
+    if header.starts_with(QCOW2) {
+        let size = header[QCOW2_SIZE].iter().fold(0, |size, byte| size << 8 | u64::from(*byte));
+        return Ok(size);
+    }
+    if header[SIGNATURE] != [0x55, 0xaa] {
+        return Err(NutanixError::NotADisk);
+    }
+    let metadata = std::fs::metadata(path);
+    metadata.map(|metadata| metadata.len()).map_err(|source| NutanixError::Disk { path: path.to_owned(), source })
 }
 
 /// Downloads an image to the new file `path`, with holes where it has zeros. `tell` is told the share that is there.

@@ -91,6 +91,8 @@ pub(super) struct Upload<'u> {
     pub(super) prism: &'u Prism,
     pub(super) target: &'u NutanixTarget,
     pub(super) request: &'u BuildRequest,
+    /// What it is called until it is whole.
+    pub(super) name: String,
     pub(super) source: &'u ImageSource,
     pub(super) cancel: &'u CancellationToken,
     pub(super) progress: Progress,
@@ -103,11 +105,12 @@ impl<'u> Upload<'u> {
         prism: &'u Prism,
         target: &'u NutanixTarget,
         request: &'u BuildRequest,
+        name: String,
         source: &'u ImageSource,
         cancel: &'u CancellationToken,
         progress: Progress,
     ) -> Self {
-        Self { prism, target, request, source, cancel, progress, begun: Mutex::default() }
+        Self { prism, target, request, name, source, cancel, progress, begun: Mutex::default() }
     }
 
     /// When it fails or is cancelled, what it made is removed again.
@@ -121,27 +124,49 @@ impl<'u> Upload<'u> {
         result
     }
 
+    /// Brings a disk of so many bytes there for a machine to start from. It keeps its name, and goes with the machine.
+    pub(super) async fn put_source(&self, disk_size: u64) -> Result<String, NutanixError> {
+        let work = async {
+            let summary = self.interruptible(self.summary()).await?;
+            self.bring(&Summary { virtual_size: disk_size, ..summary }).await
+        };
+        let result = work.await;
+        if result.is_err() {
+            self.clean_up().await;
+        }
+        result
+    }
+
+    /// Size and digest of the file, once nothing of an earlier attempt has its name.
+    async fn summary(&self) -> Result<Summary, NutanixError> {
+        let packing = format!("packaging {}", self.progress.what);
+        let tell = |share| self.progress.tell(PACKED * share, packing.clone());
+        let summary = self.source.summary(|done| tell(done.share())).await?;
+        images::remove_named(self.prism, &self.name).await?;
+        Ok(summary)
+    }
+
     /// Brings the image to Prism Central, under its working name. Also gives the images that have the real one.
     async fn put(&self) -> Result<(PrismImage, Vec<Entity>), NutanixError> {
         let (prism, target, identity) = (self.prism, self.target, &self.request.identity);
-        let prepare = async {
-            let packing = format!("packaging {}", target.image_name);
-            let tell = |share| self.progress.tell(PACKED * share, packing.clone());
-            let summary = self.source.summary(|done| tell(done.share())).await?;
-            images::remove_named(prism, &working_name(&identity.build_id)).await?;
-            let occupants = occupants(prism, target, identity).await?;
-            let cluster = place::cluster(prism, target).await?;
-            Ok((summary, occupants, cluster))
-        };
-        let (summary, occupants, cluster) = self.interruptible(prepare).await?;
-        let uuid = self.send(&cluster, &summary).await?;
+        let prepare = async { Ok((self.summary().await?, occupants(prism, target, identity).await?)) };
+        let (summary, occupants) = self.interruptible(prepare).await?;
+        let uuid = self.bring(&summary).await?;
+        Ok((PrismImage { name: target.image_name.clone(), uuid, summary }, occupants))
+    }
+
+    /// Sends the file, and waits until Prism Central has taken it over.
+    async fn bring(&self, summary: &Summary) -> Result<String, NutanixError> {
+        let prism = self.prism;
+        let cluster = self.interruptible(place::cluster(prism, self.target)).await?;
+        let uuid = self.send(&cluster, summary).await?;
         let tell = |doing: &str| {
             let doing = if doing.is_empty() { "takes over the image" } else { doing };
             self.progress.tell(SENT, format!("{}: {doing}", prism.server));
         };
         tell("");
-        self.interruptible(images::await_whole(prism, &uuid, &summary, tell)).await?;
-        Ok((PrismImage { name: target.image_name.clone(), uuid, summary }, occupants))
+        self.interruptible(images::await_whole(prism, &uuid, summary, tell)).await?;
+        Ok(uuid)
     }
 
     /// Creates an image and sends its bytes; where the connection breaks, another one, because a beginning can not be
@@ -154,14 +179,14 @@ impl<'u> Upload<'u> {
             let (bytes, _, sent_summary) = self.source.open()?.split();
             let sent = Arc::new(AtomicU64::new(0));
             let (counter, size, progress) = (Arc::clone(&sent), summary.size, self.progress.clone());
-            let message = format!("uploading {} to {}", self.target.image_name, prism.server);
+            let message = format!("uploading {} to {}", self.progress.what, prism.server);
             let bytes = bytes.inspect_ok(move |piece| {
                 let sent = counter.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
                 progress.tell(PACKED + (SENT - PACKED) * share(sent, size), message.clone());
             });
             let upload = prism.upload(&uuid, summary, Body::wrap_stream(bytes), &sent);
             match self.interruptible(upload).await? {
-                Sent::Whole if sent_summary.get().await? == *summary => return Ok(uuid),
+                Sent::Whole if sent_summary.get().await?.sha256 == summary.sha256 => return Ok(uuid),
                 Sent::Whole => {
                     let answer = "the disk changed while it was uploaded".to_owned();
                     return Err(NutanixError::Corrupted { server: prism.server.clone(), answer });
@@ -189,11 +214,11 @@ impl<'u> Upload<'u> {
     /// Creates an image without contents. The request is not dropped half-way: its answer names what it made.
     async fn create(&self, cluster: &Cluster) -> Result<String, NutanixError> {
         let action = "create an image";
-        let (name, description) = (working_name(&self.request.identity.build_id), description(self.request));
+        let description = description(self.request);
         let intent = ImageIntent {
             metadata: ImageMetadata { kind: "image", categories: &self.target.categories },
             spec: ImageSpec {
-                name: &name,
+                name: &self.name,
                 description: &description,
                 resources: ImageResources {
                     image_type: "DISK_IMAGE",
@@ -250,13 +275,12 @@ impl<'u> Upload<'u> {
 
     /// Removes everything that was begun and is not finished, also what an answer that was lost would have named.
     async fn clean_up(&self) {
-        let working_name = working_name(&self.request.identity.build_id);
         let begun = std::mem::take(&mut *self.begun.lock().unwrap_or_else(PoisonError::into_inner));
         let work = async {
             for uuid in &begun {
                 images::remove(self.prism, uuid).await?;
             }
-            images::remove_named(self.prism, &working_name).await
+            images::remove_named(self.prism, &self.name).await
         };
         let why = match tokio::time::timeout(CLEANING_TIMEOUT, work).await {
             Ok(Ok(())) => return,
@@ -264,7 +288,8 @@ impl<'u> Upload<'u> {
             Err(_) => "it took too long".to_owned(),
         };
         tracing::warn!(
-            "an image `{working_name}` may be left on {} ({why}); the next attempt removes it, or delete it there",
+            "an image `{}` may be left on {} ({why}); the next attempt removes it, or delete it there",
+            self.name,
             self.prism.server
         );
     }

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::Write,
     net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -71,11 +72,24 @@ impl Guest {
 }
 
 impl Guest {
-    /// A file of the machine.
-    pub fn read(&self, path: &str) -> String {
+    /// Its root directory, seen from here.
+    pub fn root(&self) -> PathBuf {
         let id = self.process.id();
         let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        fs::read_to_string(format!("/proc/{}/root{path}", children.trim())).unwrap()
+        PathBuf::from(format!("/proc/{}/root", children.trim()))
+    }
+
+    /// A file of the machine.
+    pub fn read(&self, path: &str) -> String {
+        fs::read_to_string(self.root().join(path.trim_start_matches('/'))).unwrap()
+    }
+
+    /// What cloud-init does in a machine that is told so.
+    pub fn set_password(&self, password: &str) {
+        let mut chpasswd =
+            Command::new("chroot").arg(self.root()).arg("chpasswd").stdin(Stdio::piped()).spawn().unwrap();
+        chpasswd.stdin.take().unwrap().write_all(format!("builder:{password}\n").as_bytes()).unwrap();
+        assert!(chpasswd.wait().unwrap().success());
     }
 }
 

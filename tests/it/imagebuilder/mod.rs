@@ -1,6 +1,8 @@
 //! The engine `ImageBuilder`: its var-files.
 
 mod guest;
+mod prism_central;
+mod site;
 mod varfiles;
 mod vcenter;
 

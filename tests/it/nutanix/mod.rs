@@ -2,6 +2,7 @@
 
 mod faults;
 mod mapping;
+mod packer;
 mod preflight;
 pub mod prism;
 mod publish;

@@ -18,12 +18,16 @@
 //! | `checksum` has `checksum_algorithm`, `SHA_1` or `SHA_256`, and `checksum_value`; where nobody gave one it is the image service's own | the v3 description, `image_resources` |
 //! | several images may have one name | packer-plugin-nutanix, `findImageByName`, and its pull request 58 |
 //! | an update repeats `metadata` and `spec`, with the present `spec_version` | terraform-provider-nutanix and nutanix.ansible, both rename images so |
+//! | an image of a machine's disk: `data_source_reference` of the kind `vm_disk` | packer-plugin-nutanix 0.8.1, `driver.go` |
 //! | a category that does not exist: `ENTITY_NOT_FOUND` or `CATEGORY_NAME_VALUE_MISMATCH` | terraform-provider-nutanix, `resource_nutanix_category_value.go` |
 //!
 //! What no source tells is decided against the client: contents are taken once, a beginning can not be continued, a
 //! change shows only when its task has ended, an image that is not created yet is not listed, the checksum's headers
 //! must be right, a field that the description does not have is an error, the checksum is of the file that was uploaded,
 //! an image without contents has no file to download, and a download can not be continued. The disk is what QEMU finds in the file.
+
+#[path = "prism/machines.rs"]
+mod machines;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -64,6 +68,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use uuid::Uuid;
 
+use self::machines::{Guest, Machine};
 use crate::support::tls::TlsParts;
 
 pub const USERNAME: &str = "image-builder";
@@ -153,9 +158,24 @@ struct Image {
 /// What happens when a task ends.
 enum Effect {
     Create(String),
-    Contents { image: String, size: u64, digest: String },
-    Update { image: String, spec: Value, metadata: Value },
+    Contents {
+        image: String,
+        size: u64,
+        digest: String,
+    },
+    Update {
+        image: String,
+        spec: Value,
+        metadata: Value,
+    },
     Delete(String),
+    CreateMachine(String),
+    DeleteMachine(String),
+    /// An image of the disk in a file.
+    CreateOf {
+        image: String,
+        disk: PathBuf,
+    },
 }
 
 struct Task {
@@ -172,6 +192,8 @@ struct Inner {
     categories: BTreeMap<String, BTreeSet<String>>,
     images: BTreeMap<String, Image>,
     tasks: BTreeMap<String, Task>,
+    machines: Vec<Machine>,
+    guest: Option<Guest>,
     faults: Vec<Armed>,
     seen: Vec<Seen>,
     reported_size: Option<u64>,
@@ -229,6 +251,8 @@ impl Prism {
             )]),
             images: BTreeMap::new(),
             tasks: BTreeMap::new(),
+            machines: vec![],
+            guest: None,
             faults: vec![],
             seen: vec![],
             reported_size: None,
@@ -517,12 +541,25 @@ impl Inner {
             Effect::Delete(uuid) => {
                 self.images.remove(&uuid);
             }
+            Effect::CreateMachine(uuid) => {
+                if let Some(machine) = self.machine(&uuid) {
+                    machine.created = true;
+                }
+            }
+            Effect::DeleteMachine(uuid) => self.remove_machine(&uuid),
+            Effect::CreateOf { image, disk } => {
+                if let Some(image) = self.images.get_mut(&image) {
+                    std::fs::copy(&disk, &image.file).unwrap();
+                    (image.created, image.has_contents, image.state) = (true, true, "COMPLETE");
+                    image.size = Some(disk_size(&image.file));
+                }
+            }
         }
     }
 
     /// What a task that failed leaves behind.
     fn fail(&mut self, effect: &Effect, reason: &str, detail: &str) {
-        if let Effect::Contents { image, .. } | Effect::Create(image) = effect
+        if let Effect::Contents { image, .. } | Effect::Create(image) | Effect::CreateOf { image, .. } = effect
             && let Some(image) = self.images.get_mut(image)
         {
             image.state = "ERROR";
@@ -618,8 +655,13 @@ fn router(shared: Arc<Shared>) -> Router {
         .route("/images/{uuid}", get(read_image).put(update_image).delete(delete_image))
         .route("/images/{uuid}/file", put(upload_file).get(download_file))
         .route("/tasks/{uuid}", get(read_task))
+        .route("/vms", post(machines::create))
+        .route("/vms/list", post(machines::list_all))
+        .route("/vms/{uuid}", get(machines::read).delete(machines::delete))
         .route("/clusters/list", post(list_clusters))
+        .route("/clusters/{uuid}", get(read_cluster))
         .route("/subnets/list", post(list_subnets))
+        .route("/subnets/{uuid}", get(read_subnet))
         .route("/categories/{name}/{value}", get(read_category))
         .fallback(async || error(StatusCode::NOT_FOUND, "ENTITY_NOT_FOUND", "there is no such path"))
         .with_state(Arc::clone(&shared))
@@ -776,7 +818,8 @@ fn part(wanted: ListRequest, kind: &str, mut entities: Vec<Value>) -> Result<Val
     let length = number(length, DEFAULT_LENGTH, 1, MAX_LENGTH)?;
     let offset = number(offset, 0, 0, usize::MAX)?;
     if let Some(filter) = filter {
-        let name = filter.strip_prefix("name==").ok_or_else(|| invalid("only name== is known"))?;
+        let attribute = if kind == "vm" { "vm_name==" } else { "name==" };
+        let name = filter.strip_prefix(attribute).ok_or_else(|| invalid("only the name is known"))?;
         entities.retain(|entity| entity["status"]["name"] == name);
     }
     let total = entities.len();
@@ -794,6 +837,21 @@ async fn list_clusters(State(shared): State<Arc<Shared>>, request: Request) -> R
 
 async fn list_subnets(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     list(shared, request, "subnet", |inner| inner.subnets.clone()).await
+}
+
+fn of_uuid(entities: &[Value], uuid: &str) -> Response {
+    match entities.iter().find(|entity| entity["metadata"]["uuid"] == uuid) {
+        Some(entity) => axum::Json(entity).into_response(),
+        None => error(StatusCode::NOT_FOUND, "ENTITY_NOT_FOUND", "there is no such entity"),
+    }
+}
+
+async fn read_cluster(State(shared): State<Arc<Shared>>, Path(uuid): Path<String>) -> Response {
+    shared.with(|inner| of_uuid(&inner.clusters, &uuid))
+}
+
+async fn read_subnet(State(shared): State<Arc<Shared>>, Path(uuid): Path<String>) -> Response {
+    shared.with(|inner| of_uuid(&inner.subnets, &uuid))
 }
 
 async fn list_images(State(shared): State<Arc<Shared>>, request: Request) -> Response {
@@ -898,6 +956,7 @@ struct Resources {
     architecture: Option<String>,
     #[serde(default)]
     initial_placement_ref_list: Vec<Reference>,
+    data_source_reference: Option<Reference>,
 }
 
 #[derive(Deserialize)]
@@ -923,7 +982,13 @@ impl Intent {
         if spec.description.as_ref().is_some_and(|description| description.len() > 1000) {
             return Err(invalid("spec.description has more than 1000 characters"));
         }
-        let Resources { image_type, architecture, initial_placement_ref_list } = &spec.resources;
+        let Resources { image_type, architecture, initial_placement_ref_list, data_source_reference } = &spec.resources;
+        if let Some(reference) = data_source_reference
+            && (reference.kind != "vm_disk" || inner.disk(&reference.uuid).is_none())
+        {
+            let message = format!("there is no {} {}", reference.kind, reference.uuid);
+            return Err(Box::new(error(StatusCode::UNPROCESSABLE_ENTITY, "REFERENCE_ERROR", &message)));
+        }
         if !image_type.as_deref().is_some_and(|given| ["DISK_IMAGE", "ISO_IMAGE"].contains(&given)) {
             return Err(invalid("image_type is not DISK_IMAGE or ISO_IMAGE"));
         }
@@ -979,7 +1044,12 @@ async fn create_image(State(shared): State<Arc<Shared>>, request: Request) -> Re
         let image = Image::new(spec, metadata, &uuid, shared.directory.path().join(&uuid));
         let mut document = image.document(&uuid);
         inner.images.insert(uuid.clone(), image);
-        let task = inner.begin("create_image_intentful", Effect::Create(uuid), failure(&planned));
+        let reference = &intent.spec.resources.data_source_reference;
+        let effect = match reference.as_ref().and_then(|reference| inner.disk(&reference.uuid)) {
+            Some(disk) => Effect::CreateOf { image: uuid, disk },
+            None => Effect::Create(uuid),
+        };
+        let task = inner.begin("create_image_intentful", effect, failure(&planned));
         document["status"]["execution_context"]["task_uuid"] = json!(task);
         accepted(document)
     })

@@ -103,6 +103,80 @@ async fn refuses_who_does_not_say_who_he_is() {
     }
 }
 
+/// A machine with a disk that is made from the image `image`.
+fn machine(image: &str, subnet: &Value) -> Value {
+    json!({
+        "metadata": {"kind": "vm"},
+        "spec": {
+            "name": "machine",
+            "cluster_reference": {"kind": "cluster", "uuid": CLUSTER_UUID},
+            "resources": {
+                "num_sockets": 1, "memory_size_mib": 2048, "power_state": "ON",
+                "disk_list": [{
+                    "device_properties": {
+                        "device_type": "DISK", "disk_address": {"adapter_type": "SCSI", "device_index": 0},
+                    },
+                    "data_source_reference": {"kind": "image", "uuid": image},
+                    "disk_size_mib": 2048,
+                }],
+                "nic_list": [{"is_connected": true, "subnet_reference": {"kind": "subnet", "uuid": subnet}}],
+                "guest_customization": {"cloud_init": {"user_data": "I2Nsb3VkLWNvbmZpZwo="}},
+            },
+        },
+    })
+}
+
+#[rstest]
+#[case::nothing("", Value::Null, 202)]
+#[case::another_kind("/metadata/kind", json!("image"), 422)]
+#[case::no_such_cluster("/spec/cluster_reference/uuid", json!("1"), 422)]
+#[case::no_such_subnet("/spec/resources/nic_list/0/subnet_reference/uuid", json!("1"), 422)]
+#[case::no_such_image("/spec/resources/disk_list/0/data_source_reference/uuid", json!("1"), 422)]
+#[case::smaller_than_its_image("/spec/resources/disk_list/0/disk_size_mib", json!(32), 422)]
+#[case::user_data_that_is_not_encoded(
+    "/spec/resources/guest_customization/cloud_init/user_data", json!("#cloud-config"), 422
+)]
+#[case::unknown_power_state("/spec/resources/power_state", json!("RUNNING"), 422)]
+#[tokio::test]
+async fn makes_machines_only_of_what_is_there(#[case] at: &str, #[case] value: Value, #[case] expected: u16) {
+    let peer = Peer::new().await;
+    let disk = tempfile::NamedTempFile::new().unwrap();
+    disk.as_file().set_len(64 << 20).unwrap();
+    let image = peer.prism.add_disk("disk", disk.path());
+    let (_, subnets) = peer.send(Method::POST, "/subnets/list", &json!({"kind": "subnet"})).await;
+    let mut wanted = machine(&image, &subnets["entities"][0]["metadata"]["uuid"]);
+    if !at.is_empty() {
+        *wanted.pointer_mut(at).unwrap() = value;
+    }
+    let (status, answer) = peer.send(Method::POST, "/vms", &wanted).await;
+    assert_eq!(status, expected, "{answer}");
+    if expected != 202 {
+        assert_eq!(peer.prism.machines(), [""; 0]);
+        return;
+    }
+    assert_eq!(peer.end_of(&answer).await["status"], "SUCCEEDED");
+    let uuid = answer["metadata"]["uuid"].as_str().unwrap();
+    let (_, read) = peer.get(&format!("/vms/{uuid}")).await;
+    let disk = &read["spec"]["resources"]["disk_list"][0];
+    assert_eq!(disk["disk_size_bytes"], 2_u64 << 30);
+
+    // An image of its disk has all of that.
+    let mut of_disk = intent("copy");
+    of_disk["spec"]["resources"]["data_source_reference"] = json!({"kind": "vm_disk", "uuid": disk["uuid"]});
+    let (status, answer) = peer.send(Method::POST, "/images", &of_disk).await;
+    assert_eq!(status, 202, "{answer}");
+    assert_eq!(peer.end_of(&answer).await["status"], "SUCCEEDED");
+    let copy = answer["metadata"]["uuid"].as_str().unwrap();
+    assert_eq!(peer.prism.image(copy)["status"]["resources"]["size_bytes"], 2_u64 << 30);
+    of_disk["spec"]["resources"]["data_source_reference"]["uuid"] = json!("1");
+    assert_eq!(peer.send(Method::POST, "/images", &of_disk).await.0, 422);
+
+    let (status, answer) = peer.send(Method::DELETE, &format!("/vms/{uuid}"), &Value::Null).await;
+    assert_eq!(status, 202);
+    assert_eq!(peer.end_of(&answer).await["status"], "SUCCEEDED");
+    assert_eq!(peer.get(&format!("/vms/{uuid}")).await.0, 404);
+}
+
 #[tokio::test]
 async fn refuses_other_content_types() {
     let peer = Peer::new().await;
