@@ -361,14 +361,23 @@ fn edit(template: &mut Value, edits: &Edits<'_>) -> Option<()> {
 pub(crate) fn fuzz(bytes: &[u8]) {
     let Some((place, text)) = bytes.split_first() else { return };
     let Ok(mut template) = serde_json::from_slice::<Value>(text) else { return };
-    let recipe = Recipe { var_files: vec![], template: "", builder: "qemu" };
+    let recipe = Recipe { var_files: vec![], template: "", builder: "qemu", user_data: None };
     let settings = json!({"timeoutSeconds": 60, "ansibleVerbosity": 2, "sshTimeoutSeconds": 60});
     let Ok(settings) = serde_json::from_value(settings) else { panic!("the settings are none") };
-    let machine = if place & 1 == 0 {
-        Machine::Here(Virtualization::Software)
-    } else {
-        let place = std::collections::BTreeMap::new();
-        Machine::There(Remote { machine: "machine".to_owned(), medium: "medium".to_owned(), place })
+    let text = str::to_owned;
+    let machine = match place % 3 {
+        0 => Machine::Here(Virtualization::Software),
+        1 => Machine::InVcenter(InVcenter {
+            machine: text("machine"),
+            medium: text("medium"),
+            place: std::collections::BTreeMap::new(),
+        }),
+        _ => Machine::InPrism(InPrism {
+            name: text("name"),
+            cluster: text("cluster"),
+            subnet: text("subnet"),
+            source: text("source"),
+        }),
     };
     let edits = Edits { recipe: &recipe, settings: &settings, machine: &machine, output: Path::new("output") };
     if edit(&mut template, &edits).is_some() {
