@@ -1,6 +1,6 @@
-//! Dependencies between the crate's modules point one way; see `src/lib.rs`.
+//! Dependencies between the crate's modules point one way; see `src/lib.rs`. The crate of the fuzz targets is in step.
 
-use std::{fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use crate::support::sources;
 
@@ -80,4 +80,22 @@ fn modules_depend_one_way() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// They are compiled by `dev/fuzz` alone; what they call is compiled and linted with the crate.
+#[test]
+fn each_parser_has_a_fuzz_target_and_each_target_a_parser() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = |path: &str| fs::read_to_string(root.join(path)).unwrap();
+    let parsers = text("src/fuzzing.rs");
+    let parsers = parsers.split("parsers! {").nth(1).unwrap().split("\n}").next().unwrap().lines().map(str::trim);
+    let parsers = parsers.filter(|line| !line.starts_with("///")).filter_map(|line| line.split_once(": "));
+    let parsers: BTreeSet<_> = parsers.map(|(name, _)| name.to_owned()).collect();
+    let manifest: toml::Table = text("fuzz/Cargo.toml").parse().unwrap();
+    let targets: BTreeSet<_> =
+        manifest["bin"].as_array().unwrap().iter().map(|target| target["name"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(targets, parsers);
+    for name in targets {
+        assert!(text(&format!("fuzz/fuzz_targets/{name}.rs")).contains(&format!("fuzzing::{name}(bytes)")), "{name}");
+    }
 }
