@@ -282,13 +282,7 @@ fn sorted(times: impl Iterator<Item = Duration>) -> Vec<Duration> {
 
 /// The burst without an operator: this program sends the requests that start a build itself, as many at a time, and does
 /// nothing else. What is left is what the API server takes for them on this machine.
-async fn floor(
-    client: &Client,
-    operator: &Client,
-    options: &Options,
-    mirror: &str,
-    templates: &Path,
-) -> Vec<Duration> {
+async fn floor(client: &Client, operator: &Client, options: &Options, mirror: &str, templates: &Path) -> Vec<Duration> {
     let template = |name: &str| -> Value {
         serde_json::from_slice(&fs::read(templates.join(format!("{name}.json"))).unwrap()).unwrap()
     };

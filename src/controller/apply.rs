@@ -15,6 +15,7 @@ use kube::{
 use reqwest::StatusCode;
 use secrecy::ExposeSecret;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{
     BuildRef, CONTROLLER,
@@ -61,6 +62,8 @@ pub(super) async fn begin(observed: &Observed, plan: &Plan, context: &Context) -
 /// What is written and said about a resource: its status, metrics, Events.
 #[derive(Debug)]
 pub(super) struct Announcement {
+    /// When it could be made.
+    pub(super) since: Instant,
     object: Watched,
     /// A status that was computed from an old object must not overwrite a newer one.
     version: Option<String>,
@@ -74,6 +77,7 @@ impl Announcement {
     pub(super) fn new(observed: &Observed, plan: &Plan, version: Option<String>) -> Self {
         let build = observed.build.as_ref();
         Self {
+            since: Instant::now(),
             object: Watched::reference(build),
             version,
             status: plan.status.clone().filter(|status| build.status.as_ref() != Some(status)),
@@ -338,11 +342,7 @@ where
             let there = api.get_metadata(&name).await.map_err(Error::api(format!("read the {kind} `{name}`")))?;
             let ours =
                 there.owner_references().iter().any(|reference| Some(&reference.uid) == owner.metadata.uid.as_ref());
-            if ours {
-                Ok(())
-            } else {
-                Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name })
-            }
+            if ours { Ok(()) } else { Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name }) }
         }
         Err(error) => Err(Error::api(format!("create the {kind} `{name}`"))(error)),
     }

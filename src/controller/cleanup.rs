@@ -128,7 +128,10 @@ impl Outside {
                 outside.clean_ups.insert((build.clone(), scope), state(job, pods));
             }
         }
-        let live = pods.iter().filter(|pod| !job_state::has_ended(pod)).filter_map(|pod| pod.labels().get(BUILD_LABEL).cloned());
+        let live = pods
+            .iter()
+            .filter(|pod| !job_state::has_ended(pod))
+            .filter_map(|pod| pod.labels().get(BUILD_LABEL).cloned());
         outside.live = live.collect();
         outside
     }

@@ -385,7 +385,11 @@ mod tests {
         for quiet in [json!({ "phase": "Pending" }), json!({ "phase": "Succeeded", "conditions": [] })] {
             assert!(!pod_is_news(&pod(quiet)));
         }
-        for news in [json!({ "phase": "Pending", "conditions": [] }), json!({ "phase": "Running" }), json!({ "phase": "Failed" })] {
+        for news in [
+            json!({ "phase": "Pending", "conditions": [] }),
+            json!({ "phase": "Running" }),
+            json!({ "phase": "Failed" }),
+        ] {
             assert!(pod_is_news(&pod(news)));
         }
     }

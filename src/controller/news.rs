@@ -373,7 +373,8 @@ mod tests {
     #[tokio::test]
     async fn a_first_list_that_breaks_off_begins_anew() {
         let error = || watcher::Error::NoResourceVersion;
-        let events = [Ok(Event::Init), Ok(Event::InitApply(1)), Ok(Event::Init), Ok(Event::InitApply(2)), Ok(Event::InitDone)];
+        let events =
+            [Ok(Event::Init), Ok(Event::InitApply(1)), Ok(Event::Init), Ok(Event::InitApply(2)), Ok(Event::InitDone)];
         let mut seen = vec![];
         let mut watch = stream::iter(events);
         first_list(&mut watch, |one| match one {

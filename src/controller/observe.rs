@@ -168,8 +168,8 @@ struct Children {
 
 async fn children(namespace: &str, name: &str, context: &Context) -> Result<Children, Error> {
     let ours = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
-    let jobs: Api<Job> = Api::namespaced(context.client.clone(), namespace);
-    let pods: Api<Pod> = Api::namespaced(context.client.clone(), namespace);
+    let jobs: Api<Lean<Job>> = Api::namespaced(context.client.clone(), namespace);
+    let pods: Api<Lean<Pod>> = Api::namespaced(context.client.clone(), namespace);
     let secrets: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
     let ((jobs, pods), secrets) = tokio::try_join!(
         async {
@@ -180,7 +180,11 @@ async fn children(namespace: &str, name: &str, context: &Context) -> Result<Chil
         },
         async { secrets.list_metadata(&ours).await.map_err(Error::api(format!("list the Secrets of `{name}`"))) },
     )?;
-    Ok(Children { jobs: jobs.items, pods: pods.items, secrets: secrets.items })
+    Ok(Children {
+        jobs: jobs.into_iter().map(|Lean(job)| job).collect(),
+        pods: pods.into_iter().map(|Lean(pod)| pod).collect(),
+        secrets: secrets.items,
+    })
 }
 
 /// What EKS Anywhere's resources in all namespaces name, where an image is to go that one of them may use.

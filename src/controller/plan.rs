@@ -1133,7 +1133,8 @@ mod tests {
         assert!(!rests(&json!({}), &|build| build.status = None));
         assert!(!rests(&json!({}), &|build| build.metadata.generation = Some(2)));
         assert!(!rests(&json!({}), &|build| build.spec.release_channel = "1-32".into()));
-        let deleted = |build: &mut NodeImageBuild| build.metadata.deletion_timestamp = Some(time(Timestamp::UNIX_EPOCH));
+        let deleted =
+            |build: &mut NodeImageBuild| build.metadata.deletion_timestamp = Some(time(Timestamp::UNIX_EPOCH));
         assert!(!rests(&json!({}), &deleted));
         let again = |build: &mut NodeImageBuild| {
             build.metadata.annotations = Some([(crate::api::v1alpha1::REBUILD_ANNOTATION.into(), "1".into())].into());

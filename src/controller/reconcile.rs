@@ -151,7 +151,7 @@ async fn read(build: &BuildRef, context: &Context) -> Result<Option<Arc<NodeImag
 
 /// Makes an announcement that was postponed, when its turn has come: the end of a pass.
 pub(super) async fn announce(announcement: Announcement, context: Arc<Context>) {
-    context.starts.give_way().await;
+    context.starts.give_way(announcement.since).await;
     let build = announcement.build();
     let span = tracing::info_span!("announce", namespace = build.namespace, name = build.name);
     let made = tokio::time::timeout(LIMIT, announcement.make(&context).instrument(span)).await;

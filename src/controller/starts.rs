@@ -4,7 +4,7 @@ use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 use super::{BuildRef, apply::Announcement};
@@ -82,14 +82,14 @@ impl Starts {
         self.announcements.try_send(announcement).err().map(mpsc::error::TrySendError::into_inner)
     }
 
-    /// Waits for other starts, unless the operator is about to end.
-    pub(super) async fn give_way(&self) {
+    /// Waits for other starts, unless the operator is about to end. An announcement of that time has waited long enough then.
+    pub(super) async fn give_way(&self, since: Instant) {
         if self.announcements.is_closed() {
             return;
         }
         let mut waiting = self.waiting.subscribe();
         // Neither that time is over nor that there will be no other starts is a failure.
-        let _ = timeout(PATIENCE, waiting.wait_for(HashSet::is_empty)).await;
+        let _ = timeout_at(since + PATIENCE, waiting.wait_for(HashSet::is_empty)).await;
     }
 }
 
@@ -129,19 +129,21 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn announcements_wait_for_the_last_start_and_not_for_ever() {
         let (starts, _turns) = Starts::new();
-        starts.give_way().await;
+        starts.give_way(Instant::now()).await;
         starts.arrived(&build("a"));
         starts.arrived(&build("b"));
-        let begin = tokio::time::Instant::now();
-        starts.give_way().await;
+        let begin = Instant::now();
+        starts.give_way(begin).await;
         assert_eq!(begin.elapsed(), PATIENCE);
+        starts.give_way(begin).await;
+        assert_eq!(begin.elapsed(), PATIENCE, "it has waited");
         let leave = async {
             starts.left(&build("a"));
             tokio::time::sleep(PATIENCE / 2).await;
             starts.left(&build("b"));
         };
-        let begin = tokio::time::Instant::now();
-        tokio::join!(starts.give_way(), leave);
+        let begin = Instant::now();
+        tokio::join!(starts.give_way(begin), leave);
         assert_eq!(begin.elapsed(), PATIENCE / 2);
     }
 }

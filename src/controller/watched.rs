@@ -4,8 +4,8 @@ use std::{borrow::Cow, sync::Arc};
 
 use k8s_openapi::{
     api::{
-        batch::v1::{Job, JobStatus},
-        core::v1::{Pod, PodSpec, PodStatus},
+        batch::v1::{Job, JobSpec, JobStatus},
+        core::v1::{Container, Pod, PodSpec, PodStatus, PodTemplateSpec},
     },
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference, Time},
 };
@@ -97,7 +97,7 @@ pub(super) fn is_new(build: &NodeImageBuild) -> bool {
         && !build.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
 }
 
-/// A Job or pod without its specification and the fields that managers own.
+/// A Job or pod without the fields that managers own and most of its specification.
 #[derive(Clone, Debug)]
 pub(super) struct Lean<K>(pub(super) K);
 
@@ -147,10 +147,40 @@ impl<'de> Deserialize<'de> for Lean<Job> {
         #[derive(Deserialize)]
         struct Parts {
             metadata: LeanMeta,
+            spec: Option<Spec>,
             status: Option<JobStatus>,
         }
-        let Parts { metadata, status } = Parts::deserialize(deserializer)?;
-        Ok(Self(Job { metadata: metadata.into(), spec: None, status }))
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Spec {
+            active_deadline_seconds: Option<i64>,
+            template: Template,
+        }
+        #[derive(Deserialize)]
+        struct Template {
+            spec: Option<TemplateSpec>,
+        }
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct TemplateSpec {
+            init_containers: Option<Vec<Name>>,
+        }
+        #[derive(Deserialize)]
+        struct Name {
+            name: String,
+        }
+        let Parts { metadata, spec, status } = Parts::deserialize(deserializer)?;
+        let container = |Name { name }| Container { name, ..Container::default() };
+        let pod = |spec: TemplateSpec| PodSpec {
+            init_containers: spec.init_containers.map(|all| all.into_iter().map(container).collect()),
+            ..PodSpec::default()
+        };
+        let spec = spec.map(|spec| JobSpec {
+            active_deadline_seconds: spec.active_deadline_seconds,
+            template: PodTemplateSpec { metadata: None, spec: spec.template.spec.map(pod) },
+            ..JobSpec::default()
+        });
+        Ok(Self(Job { metadata: metadata.into(), spec, status }))
     }
 }
 
@@ -215,7 +245,7 @@ stands_for!(Pod, Lean<Pod>);
 mod tests {
     use serde_json::json;
 
-    use super::*;
+    use super::{super::resources::job::runs_packer, *};
 
     #[test]
     fn resources_keep_their_managers_and_not_what_those_own() {
@@ -255,9 +285,12 @@ mod tests {
         assert_eq!((pod.labels()["a"].as_str(), pod.metadata.managed_fields.as_ref()), ("b", None));
         assert_eq!(pod.spec.unwrap().host_users, Some(false));
         assert_eq!(pod.status.unwrap().phase.as_deref(), Some("Running"));
-        let job = json!({ "metadata": metadata, "spec": { "backoffLimit": 1 }, "status": { "failed": 1 } });
+        let template = json!({ "spec": { "initContainers": [{ "name": "copy-program", "image": "i" }] } });
+        let spec = json!({ "backoffLimit": 1, "activeDeadlineSeconds": 60, "template": template });
+        let job = json!({ "metadata": metadata, "spec": spec, "status": { "failed": 1 } });
         let Lean(job): Lean<Job> = serde_json::from_value(job).unwrap();
-        assert_eq!((job.spec, job.status.unwrap().failed), (None, Some(1)));
-        assert!(job.metadata.creation_timestamp.is_some());
+        assert!(runs_packer(&job) && job.metadata.creation_timestamp.is_some());
+        assert_eq!(job.spec.as_ref().unwrap().active_deadline_seconds, Some(60));
+        assert_eq!(job.status.unwrap().failed, Some(1));
     }
 }
