@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Seek, SeekFrom},
     path::Path,
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -15,6 +16,7 @@ use serde::Deserialize;
 struct Entry {
     stage: String,
     verb: String,
+    request_received_timestamp: Timestamp,
     stage_timestamp: Timestamp,
     #[serde(default)]
     object_ref: ObjectRef,
@@ -40,8 +42,41 @@ struct ResponseStatus {
 pub struct Requests {
     /// By verb and resource, e.g. `patch nodeimagebuilds/status`. A write that was refused counts as one.
     pub counts: BTreeMap<String, usize>,
-    /// When the creation of each Job was answered, by its namespace and name.
-    pub jobs: BTreeMap<(String, String), Timestamp>,
+    /// How each build was started, by its namespace and name.
+    starts: BTreeMap<(String, String), Start>,
+}
+
+/// The requests that a build is started by: finalizer, Secret, Job.
+#[derive(Default)]
+pub struct Start {
+    /// When each came and when it was answered.
+    requests: Vec<(Timestamp, Timestamp)>,
+}
+
+impl Start {
+    pub fn begin(&self) -> Timestamp {
+        self.requests[0].0
+    }
+
+    /// When the Job was there.
+    pub fn end(&self) -> Timestamp {
+        self.requests[self.requests.len() - 1].1
+    }
+
+    /// How long the API server took for the requests.
+    pub fn answering(&self) -> Duration {
+        self.requests.iter().map(|(came, answered)| between(*came, *answered)).sum()
+    }
+
+    /// How long whoever sent them took from each answer to the next request.
+    pub fn asking(&self) -> Duration {
+        self.requests.windows(2).map(|pair| between(pair[0].1, pair[1].0)).sum()
+    }
+}
+
+/// The time between two moments, none if they are the other way round.
+pub fn between(begin: Timestamp, end: Timestamp) -> Duration {
+    Duration::try_from(end.duration_since(begin)).unwrap_or_default()
 }
 
 impl Requests {
@@ -58,12 +93,24 @@ impl Requests {
             let object = entry.object_ref;
             let subresource = object.subresource.map_or(String::new(), |name| format!("/{name}"));
             let request = format!("{} {}{subresource}", entry.verb, object.resource);
-            if request == "create jobs" && entry.response_status.is_some_and(|status| status.code == 201) {
-                requests.jobs.insert((object.namespace, object.name), entry.stage_timestamp);
+            let build = match request.as_str() {
+                "patch nodeimagebuilds" => Some(object.name.as_str()),
+                // They have the name of their build and its id.
+                "create secrets" | "create jobs" => object.name.rsplit_once('-').map(|(build, _)| build),
+                _ => None,
+            };
+            if let (Some(build), Some(200 | 201)) = (build, entry.response_status.map(|status| status.code)) {
+                let start = requests.starts.entry((object.namespace, build.to_owned())).or_default();
+                start.requests.push((entry.request_received_timestamp, entry.stage_timestamp));
             }
             *requests.counts.entry(request).or_default() += 1;
         }
         requests
+    }
+
+    /// How a build was started, if its Job is there.
+    pub fn start(&self, namespace: &str, build: &str) -> Option<&Start> {
+        self.starts.get(&(namespace.to_owned(), build.to_owned())).filter(|start| start.requests.len() >= 3)
     }
 
     /// Writes of builds: neither the lease, which is renewed however many builds there are, nor Events.

@@ -36,21 +36,29 @@ use futures::{StreamExt, stream};
 use jiff::Timestamp;
 use k8s_openapi::api::{batch::v1::Job, core::v1::Secret};
 use kube::{
-    Api, Client, ResourceExt,
-    api::{ListParams, PostParams},
+    Api, Client, Resource, ResourceExt,
+    api::{ListParams, Patch, PatchParams, PostParams},
+    core::Request,
 };
-use node_image_builder::api::v1alpha1::{NAME_LABEL, NodeImageBuild};
+use node_image_builder::api::v1alpha1::{FINALIZER, NAME_LABEL, NodeImageBuild};
 use secrecy::ExposeSecret;
 use serde_json::{Value, json};
+use tokio::{sync::Semaphore, time::interval};
 
-use self::{audit::Requests, cluster::Cluster, process::Program};
+use self::{
+    audit::{Requests, Start, between},
+    cluster::{Cluster, send},
+    process::Program,
+};
 
 /// Longest time for anything that takes longer with more builds.
 const LONG: Duration = Duration::from_secs(1800);
 /// Longest time for the rest.
 const SHORT: Duration = Duration::from_secs(60);
 /// Resources that are created at the same time while the crowd is made.
-const CONCURRENCY: usize = 16;
+const CONCURRENCY: usize = 8;
+/// Builds that both operators start at the same time.
+const STARTS: usize = 32;
 
 #[derive(Parser)]
 struct Options {
@@ -94,17 +102,28 @@ struct Figures {
     idle_memory: f64,
     requests: Requests,
     idle_load: f64,
-    /// From apply until the Job is there, sorted.
-    burst: Vec<Duration>,
-    /// From the API server's answer to apply until the Job is there, sorted.
-    burst_from_answer: Vec<Duration>,
-    /// From apply until the API server's answer, sorted.
-    answers: Vec<Duration>,
+    burst: Burst,
     restart_ready: Duration,
     restart_job: Duration,
     /// Until it has looked at all builds after the restart.
     restart_quiet: Duration,
     restart_memory: f64,
+    /// From apply until the Job is there where nothing but the same requests is made, sorted.
+    floor: Vec<Duration>,
+}
+
+/// Times of the builds that were applied at once, each sorted.
+struct Burst {
+    /// From apply until the Job is there.
+    job: Vec<Duration>,
+    /// From apply until the API server's answer.
+    apply: Vec<Duration>,
+    /// From that until the first request for the build comes.
+    begin: Vec<Duration>,
+    /// In the API server, with the requests up to the Job.
+    answering: Vec<Duration>,
+    /// Between them, in the operator.
+    asking: Vec<Duration>,
 }
 
 #[tokio::main]
@@ -159,8 +178,7 @@ async fn measure(path: &Path, side: &Side<'_>, options: &Options, templates: &Pa
     let applied = stream::iter((0..options.burst).map(|index| apply(&client, options, &mirror, "burst", index)));
     let applied: Vec<_> = applied.buffer_unordered(options.burst.max(1)).collect().await;
     cluster.until_jobs(options.builds + options.burst, LONG).await;
-    let created = Requests::read(&server.audit_log(), audited).jobs;
-    let (burst, burst_from_answer, answers) = latencies(&applied, &created);
+    let burst = Burst::of(&applied, || Requests::read(&server.audit_log(), audited)).await;
     cluster.work(true);
     cluster.until_ready(options.builds + options.burst, LONG).await;
     process.until_quiet(LONG).await;
@@ -176,6 +194,15 @@ async fn measure(path: &Path, side: &Side<'_>, options: &Options, templates: &Pa
     let restart_memory = process.most_memory();
     cluster.until_ready(options.builds + options.burst + 1, LONG).await;
     process.stop(SHORT).await;
+    let floor = match side {
+        Side::Ours => {
+            told("the burst without it");
+            cluster.work(false);
+            let operator = Client::try_from(server.config_of(apiserver::RELEASE, apiserver::RELEASE).await).unwrap();
+            floor(&client, &operator, options, &mirror, templates).await
+        }
+        Side::Peer { .. } => vec![],
+    };
     Figures {
         crowd,
         most_memory,
@@ -183,12 +210,11 @@ async fn measure(path: &Path, side: &Side<'_>, options: &Options, templates: &Pa
         requests,
         idle_load,
         burst,
-        burst_from_answer,
-        answers,
         restart_ready,
         restart_job,
         restart_quiet: since,
         restart_memory,
+        floor,
     }
 }
 
@@ -216,35 +242,73 @@ async fn apply(client: &Client, options: &Options, mirror: &str, prefix: &str, i
             },
         },
     });
-    let build: NodeImageBuild = serde_json::from_value(build).unwrap();
-    let api: Api<NodeImageBuild> = Api::namespaced(client.clone(), &namespace);
+    let request = Request::new(NodeImageBuild::url_path(&(), Some(&namespace)));
+    let request = request.create(&PostParams::default(), build.to_string().into_bytes());
     let sent = Timestamp::now();
-    api.create(&PostParams::default(), &build).await.unwrap();
+    send(client, request).await;
     (namespace, name, sent, Timestamp::now())
 }
 
-/// Times from apply and from its answer until the Job was there, and the times of the answers.
-fn latencies(
-    applied: &[Applied],
-    created: &BTreeMap<(String, String), Timestamp>,
-) -> (Vec<Duration>, Vec<Duration>, Vec<Duration>) {
-    // A Job has the name of its build and the build's id.
-    let created: BTreeMap<(&str, &str), Timestamp> = created
-        .iter()
-        .map(|((namespace, job), at)| ((namespace.as_str(), job.rsplit_once('-').unwrap().0), *at))
-        .collect();
-    let since = |begin: Timestamp, end: Timestamp| Duration::try_from(end.duration_since(begin)).unwrap_or_default();
-    let collect = |time: &dyn Fn(&Applied) -> Duration| {
-        let mut times: Vec<_> = applied.iter().map(time).collect();
-        times.sort();
-        times
+impl Burst {
+    async fn of(applied: &[Applied], audit: impl Fn() -> Requests) -> Self {
+        let mut again = interval(Duration::from_millis(100));
+        // A watch may be faster than the audit log.
+        let requests = loop {
+            again.tick().await;
+            let requests = audit();
+            if applied.iter().all(|(namespace, name, ..)| requests.start(namespace, name).is_some()) {
+                break requests;
+            }
+        };
+        let sorted = |time: &dyn Fn(&Applied, &Start) -> Duration| {
+            let start = |(namespace, name, ..): &Applied| requests.start(namespace, name).unwrap();
+            sorted(applied.iter().map(|one| time(one, start(one))))
+        };
+        Self {
+            job: sorted(&|(.., sent, _), start| between(*sent, start.end())),
+            apply: sorted(&|(.., sent, answered), _| between(*sent, *answered)),
+            begin: sorted(&|(.., answered), start| between(*answered, start.begin())),
+            answering: sorted(&|_, start| start.answering()),
+            asking: sorted(&|_, start| start.asking()),
+        }
+    }
+}
+
+fn sorted(times: impl Iterator<Item = Duration>) -> Vec<Duration> {
+    let mut times: Vec<_> = times.collect();
+    times.sort();
+    times
+}
+
+/// The burst without an operator: this program sends the requests that start a build itself, as many at a time, and does
+/// nothing else. What is left is what the API server takes for them on this machine.
+async fn floor(client: &Client, operator: &Client, options: &Options, mirror: &str, templates: &Path) -> Vec<Duration> {
+    let template = |name: &str| -> Value {
+        serde_json::from_slice(&fs::read(templates.join(format!("{name}.json"))).unwrap()).unwrap()
     };
-    let job = |(namespace, name, ..): &Applied| created[&(namespace.as_str(), name.as_str())];
-    (
-        collect(&|one| since(one.2, job(one))),
-        collect(&|one| since(one.3, job(one))),
-        collect(&|one| since(one.2, one.3)),
-    )
+    let (job, secret) = (template("job"), json!({ "stringData": template("secret"), "immutable": true }));
+    let turns = Semaphore::new(STARTS);
+    let starts = (0..options.burst).map(|index| {
+        let (turns, mut job, mut secret) = (&turns, job.clone(), secret.clone());
+        async move {
+            let (namespace, build, sent, _) = apply(client, options, mirror, "floor", index).await;
+            let _turn = turns.acquire().await.unwrap();
+            let finalizer = Patch::Merge(json!({ "metadata": { "finalizers": [FINALIZER] } }));
+            let path = NodeImageBuild::url_path(&(), Some(&namespace));
+            send(operator, Request::new(path).patch(&build, &PatchParams::default(), &finalizer)).await;
+            for (path, object) in [
+                (Secret::url_path(&(), Some(&namespace)), &mut secret),
+                (Job::url_path(&(), Some(&namespace)), &mut job),
+            ] {
+                object["metadata"]["name"] = json!(format!("{build}-0123456789"));
+                let body = object.to_string().into_bytes();
+                send(operator, Request::new(path).create(&PostParams::default(), body)).await;
+            }
+            between(sent, Timestamp::now())
+        }
+    });
+    let times: Vec<_> = stream::iter(starts).buffer_unordered(options.burst.max(1)).collect().await;
+    sorted(times.into_iter())
 }
 
 /// The smallest time that this share of all does not exceed.
@@ -332,7 +396,10 @@ fn print(options: &Options, ours: &Figures, peer: Option<&Figures>) {
     let millis = |time: Duration| time.as_secs_f64() * 1000.0;
     #[expect(clippy::cast_precision_loss, reason = "counts are small")]
     let each = |count: usize| count as f64 / *builds as f64;
-    let rows: [Row; 17] = [
+    let share = |part: f64, of: fn(&Burst) -> &Vec<Duration>| {
+        move |figures: &Figures| millis(percentile(of(&figures.burst), part))
+    };
+    let rows: [Row; 20] = [
         ("first apply to all Ready, s", "", &|f| seconds(f.crowd)),
         ("resident memory, highest until then, MiB", "40", &|f| f.most_memory),
         ("resident memory, idle, MiB", "40", &|f| f.idle_memory),
@@ -341,25 +408,33 @@ fn print(options: &Options, ours: &Figures, peer: Option<&Figures>) {
         ("Events a build", "", &|f| each(f.requests.events())),
         ("API reads a build", "", &|f| each(f.requests.reads())),
         ("processor when idle, % of a core", "0.2", &|f| f.idle_load * 100.0),
-        ("burst: apply to Job, median, ms", "", &|f| millis(percentile(&f.burst, 0.5))),
-        ("burst: apply to Job, p99, ms", "200", &|f| millis(percentile(&f.burst, 0.99))),
-        ("burst: answer to Job, median, ms", "", &|f| millis(percentile(&f.burst_from_answer, 0.5))),
-        ("burst: answer to Job, p99, ms", "", &|f| millis(percentile(&f.burst_from_answer, 0.99))),
-        ("burst: the API server's answer to apply, median, ms", "", &|f| millis(percentile(&f.answers, 0.5))),
-        ("burst: the API server's answer to apply, p99, ms", "", &|f| millis(percentile(&f.answers, 0.99))),
+        ("burst: apply to Job, median, ms", "", &share(0.5, |burst| &burst.job)),
+        ("burst: apply to Job, p99, ms", "200", &share(0.99, |burst| &burst.job)),
+        ("  apply to the API server's answer, median, ms", "", &share(0.5, |burst| &burst.apply)),
+        ("  apply to the API server's answer, p99, ms", "", &share(0.99, |burst| &burst.apply)),
+        ("  answer to the operator's first request, median, ms", "", &share(0.5, |burst| &burst.begin)),
+        ("  in the API server until the Job, median, ms", "", &share(0.5, |burst| &burst.answering)),
+        ("  in the API server until the Job, p99, ms", "", &share(0.99, |burst| &burst.answering)),
+        ("  between the requests, median, ms", "", &share(0.5, |burst| &burst.asking)),
+        ("  between the requests, p99, ms", "", &share(0.99, |burst| &burst.asking)),
         ("restart: process start to ready, s", "2", &|f| seconds(f.restart_ready)),
         ("restart: process start to a new build's Job, s", "", &|f| seconds(f.restart_job)),
         ("restart: process start to all looked at, s", "", &|f| seconds(f.restart_quiet)),
     ];
-    println!("{:<52} {:>6} {:>10} {:>10} {:>8}", "", "aim", "operator", "peer", "ratio");
+    println!("{:<54} {:>6} {:>10} {:>10} {:>8}", "", "aim", "operator", "peer", "ratio");
     for (what, aim, figure) in rows {
         let ours = figure(ours);
         let (peer, ratio) = peer.map_or((String::new(), String::new()), |peer| {
             (format!("{:.2}", figure(peer)), format!("{:.2}", ours / figure(peer)))
         });
-        println!("{what:<52} {aim:>6} {ours:>10.2} {peer:>10} {ratio:>8}");
+        println!("{what:<54} {aim:>6} {ours:>10.2} {peer:>10} {ratio:>8}");
     }
     println!("\nidle: over {idle_seconds} s, the lease's renewals with it");
+    println!(
+        "burst without an operator, its requests up to the Job sent by this program: median {:.2} ms, p99 {:.2} ms",
+        millis(percentile(&ours.floor, 0.5)),
+        millis(percentile(&ours.floor, 0.99))
+    );
     for (name, figures) in [("operator", Some(ours)), ("peer", peer)] {
         if let Some(figures) = figures {
             println!("\nrequests of the {name} until all were Ready, for each build:");

@@ -15,6 +15,7 @@ use kube::{
 use reqwest::StatusCode;
 use secrecy::ExposeSecret;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{
     BuildRef, CONTROLLER,
@@ -34,6 +35,7 @@ use super::{
     },
     status::release_status,
     validate::{Prepared, annotations},
+    watched::Watched,
 };
 use crate::{
     api::v1alpha1::{FINALIZER, NodeImageBuild, NodeImageBuildStatus},
@@ -44,11 +46,109 @@ use crate::{
 /// An upload token outlives the build's deadline by this much.
 const TOKEN_MARGIN: std::time::Duration = std::time::Duration::from_secs(3600);
 
-/// Carries out the plan.
-pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -> Result<(), Error> {
+/// Begins the build that the plan starts, if it starts one. Gives the version of the resource then.
+pub(super) async fn begin(observed: &Observed, plan: &Plan, context: &Context) -> Result<Option<String>, Error> {
+    let build = &observed.build;
+    let mut version = build.resource_version();
+    if plan.add_finalizer {
+        version = set_finalizers(build, true, context).await?.resource_version();
+    }
+    if let Some(prepared) = &plan.start {
+        create(observed, prepared, context).await?;
+    }
+    Ok(version)
+}
+
+/// What is written and said about a resource: its status, metrics, Events.
+#[derive(Debug)]
+pub(super) struct Announcement {
+    /// When it could be made.
+    pub(super) since: Instant,
+    object: Watched,
+    /// A status that was computed from an old object must not overwrite a newer one.
+    version: Option<String>,
+    status: Option<NodeImageBuildStatus>,
+    status_is_ours: bool,
+    notes: Vec<Note>,
+    counts: Vec<Count>,
+}
+
+impl Announcement {
+    pub(super) fn new(observed: &Observed, plan: &Plan, version: Option<String>) -> Self {
+        let build = observed.build.as_ref();
+        Self {
+            since: Instant::now(),
+            object: Watched::reference(build),
+            version,
+            status: plan.status.clone().filter(|status| build.status.as_ref() != Some(status)),
+            status_is_ours: status_is_ours(build),
+            notes: plan.notes.clone(),
+            counts: plan.counts.clone(),
+        }
+    }
+
+    pub(super) fn build(&self) -> BuildRef {
+        BuildRef::of(&self.object)
+    }
+
+    pub(super) async fn make(&self, context: &Context) -> Result<(), Error> {
+        if let Some(status) = &self.status {
+            self.write(status, context).await?;
+        }
+        for count in &self.counts {
+            match count {
+                Count::Started => context.metrics.build_started(),
+                Count::Succeeded(outcome) => context.metrics.build_succeeded(outcome),
+                Count::Failed(class, reason) => context.metrics.build_failed(*class, reason),
+                Count::Cancelled => context.metrics.build_cancelled(),
+                Count::Superseded => context.metrics.build_superseded(),
+            }
+        }
+        for note in &self.notes {
+            tracing::info!(reason = note.reason, "{}", note.message);
+            context.events.publish(&self.object, note).await;
+        }
+        Ok(())
+    }
+
+    /// Writes the whole status, unless somebody changed the resource in the meantime.
+    async fn write(&self, status: &NodeImageBuildStatus, context: &Context) -> Result<(), Error> {
+        let (build, version) = (self.build(), &self.version);
+        let api: Api<NodeImageBuild> = Api::namespaced(context.client.clone(), &build.namespace);
+        let result = if self.status_is_ours {
+            let patch = json!({
+                "apiVersion": NodeImageBuild::api_version(&()),
+                "kind": NodeImageBuild::kind(&()),
+                "metadata": { "resourceVersion": version },
+                "status": status,
+            });
+            api.patch_status(&build.name, &PatchParams::apply(CONTROLLER).force(), &Patch::Apply(&patch)).await
+        } else {
+            let version = ReplaceOperation {
+                path: PointerBuf::from_tokens(["metadata", "resourceVersion"]),
+                value: json!(version),
+            };
+            let status = AddOperation { path: PointerBuf::from_tokens(["status"]), value: json!(status) };
+            let patch = json_patch::Patch(vec![PatchOperation::Replace(version), PatchOperation::Add(status)]);
+            let params = PatchParams { field_manager: Some(CONTROLLER.to_owned()), ..PatchParams::default() };
+            api.patch_status(&build.name, &params, &Patch::Json::<()>(patch)).await
+        };
+        let written = result.map_err(Error::api("write the status"))?;
+        context.echoes.wrote(&build, &written);
+        Ok(())
+    }
+}
+
+/// Carries out the rest of a plan that has begun.
+pub(super) async fn complete(
+    observed: &Observed,
+    plan: &Plan,
+    announcement: &Announcement,
+    context: &Context,
+) -> Result<(), Error> {
     let Plan {
-        add_finalizer,
-        start,
+        add_finalizer: _,
+        start: _,
         delete_jobs,
         delete_secrets,
         replaces: _,
@@ -57,44 +157,19 @@ pub(super) async fn apply(observed: &Observed, plan: &Plan, context: &Context) -
         abandon,
         removals: _,
         prune,
-        status,
-        notes,
-        counts,
+        status: _,
+        notes: _,
+        counts: _,
         follow,
         farewell,
         requeue: _,
     } = plan;
     let build = &observed.build;
     let (namespace, name) = (build.namespace().unwrap_or_default(), build.name_any());
-    // A status that was computed from an old object must not overwrite a newer one.
-    let mut version = build.resource_version();
-    if *add_finalizer {
-        version = set_finalizers(build, true, context).await?.resource_version();
-    }
-    if let Some(prepared) = start {
-        create(observed, prepared, context).await?;
-    }
     for id in prune {
         delete_files(build, id, context).await?;
     }
-    if let Some(status) = status
-        && build.status.as_ref() != Some(status)
-    {
-        write_status(build, version.as_deref(), status, context).await?;
-    }
-    for count in counts {
-        match count {
-            Count::Started => context.metrics.build_started(),
-            Count::Succeeded(outcome) => context.metrics.build_succeeded(outcome),
-            Count::Failed(class, reason) => context.metrics.build_failed(*class, reason),
-            Count::Cancelled => context.metrics.build_cancelled(),
-            Count::Superseded => context.metrics.build_superseded(),
-        }
-    }
-    for note in notes {
-        tracing::info!(reason = note.reason, "{}", note.message);
-        context.events.publish(build.as_ref(), note).await;
-    }
+    announcement.make(context).await?;
     let uid = build.uid().unwrap_or_default();
     match follow {
         Some(pod) => context.followers.follow(&uid, &BuildRef::of(build.as_ref()), pod),
@@ -223,10 +298,7 @@ async fn create(observed: &Observed, prepared: &Prepared, context: &Context) -> 
         build,
     )
     .await?;
-    if let Some(job) = post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await? {
-        context.echoes.wrote(&BuildRef::of(build.as_ref()), &job);
-    }
-    Ok(())
+    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await
 }
 
 /// The labels that a node must have, those that the administrator demands among them.
@@ -254,27 +326,23 @@ async fn create_clean_up(observed: &Observed, id: &str, scope: Scope, context: &
         node_selector: node_selector(build, context),
         tolerations: build.spec.build.tolerations.clone(),
     });
-    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await.map(drop)
+    post(&Api::namespaced(context.client.clone(), &identity.namespace), &job, build).await
 }
 
-/// Creates an object whose name says what it is, and gives what was created. That it exists already is fine if it is ours.
-async fn post<K>(api: &Api<K>, object: &K, owner: &NodeImageBuild) -> Result<Option<K>, Error>
+/// Creates an object whose name says what it is. That it exists already is fine if it is ours.
+async fn post<K>(api: &Api<K>, object: &K, owner: &NodeImageBuild) -> Result<(), Error>
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
 {
     let (kind, name) = (K::kind(&()), object.name_any());
     let params = PostParams { field_manager: Some(CONTROLLER.to_owned()), ..PostParams::default() };
     match api.create(&params, object).await {
-        Ok(created) => Ok(Some(created)),
+        Ok(_) => Ok(()),
         Err(error) if api_status(&error).is_some_and(kube::core::Status::is_already_exists) => {
             let there = api.get_metadata(&name).await.map_err(Error::api(format!("read the {kind} `{name}`")))?;
             let ours =
                 there.owner_references().iter().any(|reference| Some(&reference.uid) == owner.metadata.uid.as_ref());
-            if ours {
-                Ok(None)
-            } else {
-                Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name })
-            }
+            if ours { Ok(()) } else { Err(Error::Foreign { kind: if kind == "Job" { "Job" } else { "Secret" }, name }) }
         }
         Err(error) => Err(Error::api(format!("create the {kind} `{name}`"))(error)),
     }
@@ -298,35 +366,6 @@ where
         Err(error) if is_not_found(&error) || api_status(&error).is_some_and(kube::core::Status::is_conflict) => Ok(()),
         Err(error) => Err(Error::api(format!("delete the {kind} `{name}`"))(error)),
     }
-}
-
-/// Writes the whole status, unless somebody changed the resource in the meantime.
-async fn write_status(
-    build: &NodeImageBuild,
-    version: Option<&str>,
-    status: &NodeImageBuildStatus,
-    context: &Context,
-) -> Result<(), Error> {
-    let (api, name) = (builds(build, context), build.name_any());
-    let result = if status_is_ours(build) {
-        let patch = json!({
-            "apiVersion": NodeImageBuild::api_version(&()),
-            "kind": NodeImageBuild::kind(&()),
-            "metadata": { "resourceVersion": version },
-            "status": status,
-        });
-        api.patch_status(&name, &PatchParams::apply(CONTROLLER).force(), &Patch::Apply(&patch)).await
-    } else {
-        let version =
-            ReplaceOperation { path: PointerBuf::from_tokens(["metadata", "resourceVersion"]), value: json!(version) };
-        let status = AddOperation { path: PointerBuf::from_tokens(["status"]), value: json!(status) };
-        let patch = json_patch::Patch(vec![PatchOperation::Replace(version), PatchOperation::Add(status)]);
-        let params = PatchParams { field_manager: Some(CONTROLLER.to_owned()), ..PatchParams::default() };
-        api.patch_status(&name, &params, &Patch::Json::<()>(patch)).await
-    };
-    let written = result.map_err(Error::api("write the status"))?;
-    context.echoes.wrote(&BuildRef::of(build), &written);
-    Ok(())
 }
 
 /// Whether every field of the status is the operator's by server-side apply. What another manager owns as well, e.g. a

@@ -128,10 +128,10 @@ impl Outside {
                 outside.clean_ups.insert((build.clone(), scope), state(job, pods));
             }
         }
-        let ended = |pod: &Pod| {
-            matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
-        };
-        let live = pods.iter().filter(|pod| !ended(pod)).filter_map(|pod| pod.labels().get(BUILD_LABEL).cloned());
+        let live = pods
+            .iter()
+            .filter(|pod| !job_state::has_ended(pod))
+            .filter_map(|pod| pod.labels().get(BUILD_LABEL).cloned());
         outside.live = live.collect();
         outside
     }

@@ -16,11 +16,13 @@ use super::{
     echoes::Echoes,
     events::Events,
     metrics::Metrics,
+    news::News,
     progress::Followers,
     queue::{Limits, Queue},
     references::ObjectKind,
     releases::Releases,
     retry::Backoff,
+    starts::Starts,
     validate::directory,
 };
 use crate::{
@@ -126,6 +128,8 @@ pub struct Context {
     pub echoes: Echoes,
     pub events: Events,
     pub metrics: Arc<Metrics>,
+    pub news: News,
+    pub starts: Starts,
     pub backoff: Backoff,
     pub followers: Followers,
     pub referrers: Referrers,
@@ -147,6 +151,8 @@ impl Context {
     /// The resource is gone.
     pub(super) fn forget(&self, build: &BuildRef) {
         self.echoes.forget(build);
+        self.news.forget(build);
+        self.starts.left(build);
         self.referrers.set(build, []);
         self.releases.leave(build);
         self.queue.leave(build);

@@ -1,5 +1,5 @@
-//! What the watches say about the operator's own writes. A pass that knows that nothing follows from them is not begun
-//! again because of them: each pass asks the API server for everything that a build has.
+//! What the watch says about the operator's own writes of resources. A pass that knows that nothing follows from them is not
+//! begun again because of them: each pass asks the API server for everything that a build has.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,7 +10,7 @@ use kube::Resource;
 
 use super::BuildRef;
 
-/// Versions of objects that passes wrote, until the watches have brought them.
+/// Versions of resources that passes wrote, until the watch has brought them.
 #[derive(Debug, Default)]
 pub struct Echoes(Mutex<BTreeMap<BuildRef, Entry>>);
 
@@ -18,8 +18,10 @@ pub struct Echoes(Mutex<BTreeMap<BuildRef, Entry>>);
 struct Entry {
     /// A pass is under way.
     running: bool,
+    /// Another one was to begin meanwhile.
+    again: bool,
     written: BTreeSet<Version>,
-    /// What the watches brought meanwhile: an event may be faster than the answer to the write that it tells of.
+    /// What the watch brought meanwhile: an event may be faster than the answer to the write that it tells of.
     seen: BTreeSet<Version>,
 }
 
@@ -31,9 +33,20 @@ fn version(object: &impl Resource) -> Version {
 }
 
 impl Echoes {
-    /// A pass begins: what it reads includes all that was written before.
-    pub(super) fn begin(&self, build: &BuildRef) {
-        self.lock().insert(build.clone(), Entry { running: true, ..Entry::default() });
+    /// A pass begins: what it reads includes all that was written before. While an earlier one is still under way it may
+    /// not; then it is due when that one ends.
+    pub(super) fn begin(&self, build: &BuildRef) -> bool {
+        let mut entries = self.lock();
+        match entries.get_mut(build) {
+            Some(entry) if entry.running => {
+                entry.again = true;
+                false
+            }
+            _ => {
+                entries.insert(build.clone(), Entry { running: true, ..Entry::default() });
+                true
+            }
+        }
     }
 
     /// The pass wrote this.
@@ -44,11 +57,12 @@ impl Echoes {
     }
 
     /// The pass ended; `settled` says that nothing follows from what it wrote. Gives whether another pass is due, because
-    /// of something that the watches brought in the meantime.
+    /// of something that happened in the meantime.
     pub(super) fn end(&self, build: &BuildRef, settled: bool) -> bool {
         let mut entries = self.lock();
         let Some(entry) = entries.get_mut(build) else { return false };
-        let due = if settled { !entry.seen.is_subset(&entry.written) } else { !entry.seen.is_empty() };
+        let seen = if settled { !entry.seen.is_subset(&entry.written) } else { !entry.seen.is_empty() };
+        let due = std::mem::take(&mut entry.again) || seen;
         entry.running = false;
         entry.written.retain(|version| settled && !entry.seen.contains(version));
         entry.seen.clear();
@@ -58,7 +72,7 @@ impl Echoes {
         due
     }
 
-    /// Whether no pass has to begin because of this object that a watch brought. Each version is held back once: a list
+    /// Whether no pass has to begin because of this object that the watch brought. Each version is held back once: a list
     /// that is read anew after a gap may stand for more than it shows.
     pub(super) fn holds(&self, build: &BuildRef, object: &impl Resource) -> bool {
         let mut entries = self.lock();
@@ -87,49 +101,60 @@ impl Echoes {
 
 #[cfg(test)]
 mod tests {
-    use kube::core::{ObjectMeta, PartialObjectMetaExt as _};
+    use kube::core::{ObjectMeta, PartialObjectMeta, PartialObjectMetaExt as _};
 
-    use super::{super::reconcile::Watched, *};
+    use super::*;
+    use crate::api::v1alpha1::NodeImageBuild;
 
     fn build() -> BuildRef {
         BuildRef { namespace: "images".into(), name: "golden".into() }
     }
 
-    fn object(uid: &str, version: &str) -> Watched {
-        let (uid, resource_version) = (Some(uid.to_owned()), Some(version.to_owned()));
+    fn object(version: &str) -> PartialObjectMeta<NodeImageBuild> {
+        let (uid, resource_version) = (Some("uid".to_owned()), Some(version.to_owned()));
         ObjectMeta { uid, resource_version, ..ObjectMeta::default() }.into_response_partial()
     }
 
     #[test]
     fn own_writes_are_held_back_whether_the_watch_or_the_answer_is_faster() {
         let (echoes, build) = (Echoes::default(), build());
-        echoes.begin(&build);
-        assert!(echoes.holds(&build, &object("resource", "7")), "the watch is faster");
-        echoes.wrote(&build, &object("resource", "7"));
-        echoes.wrote(&build, &object("job", "8"));
+        assert!(echoes.begin(&build));
+        assert!(echoes.holds(&build, &object("7")), "the watch is faster");
+        echoes.wrote(&build, &object("7"));
+        echoes.wrote(&build, &object("8"));
         assert!(!echoes.end(&build, true));
-        assert!(echoes.holds(&build, &object("job", "8")), "the answer is faster");
-        assert!(!echoes.holds(&build, &object("job", "8")), "a list after a gap brings it again");
-        assert!(!echoes.holds(&build, &object("job", "9")), "somebody else's");
+        assert!(echoes.holds(&build, &object("8")), "the answer is faster");
+        assert!(!echoes.holds(&build, &object("8")), "a list after a gap brings it again");
+        assert!(!echoes.holds(&build, &object("9")), "somebody else's");
     }
 
     #[test]
     fn what_others_wrote_during_a_pass_makes_another_one_due() {
         let (echoes, build) = (Echoes::default(), build());
-        echoes.begin(&build);
-        echoes.wrote(&build, &object("resource", "7"));
-        assert!(echoes.holds(&build, &object("resource", "7")) && echoes.holds(&build, &object("resource", "8")));
+        assert!(echoes.begin(&build));
+        echoes.wrote(&build, &object("7"));
+        assert!(echoes.holds(&build, &object("7")) && echoes.holds(&build, &object("8")));
         assert!(echoes.end(&build, true));
     }
 
     #[test]
     fn a_pass_that_something_follows_from_is_followed_by_another_one() {
         let (echoes, build) = (Echoes::default(), build());
-        echoes.begin(&build);
-        echoes.wrote(&build, &object("resource", "7"));
-        echoes.wrote(&build, &object("job", "8"));
-        assert!(echoes.holds(&build, &object("resource", "7")));
+        assert!(echoes.begin(&build));
+        echoes.wrote(&build, &object("7"));
+        echoes.wrote(&build, &object("8"));
+        assert!(echoes.holds(&build, &object("7")));
         assert!(echoes.end(&build, false));
-        assert!(!echoes.holds(&build, &object("job", "8")));
+        assert!(!echoes.holds(&build, &object("8")));
+    }
+
+    #[test]
+    fn there_is_one_pass_at_a_time_and_the_next_one_comes_when_it_ends() {
+        let (echoes, build) = (Echoes::default(), build());
+        assert!(echoes.begin(&build));
+        assert!(!echoes.begin(&build));
+        assert!(echoes.end(&build, true));
+        assert!(echoes.begin(&build));
+        assert!(!echoes.end(&build, true));
     }
 }

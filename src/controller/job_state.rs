@@ -59,6 +59,29 @@ impl JobState {
     }
 }
 
+/// Whether the state of the Job may call for anything: not while it waits for its first pod to end.
+pub(super) fn job_is_news(job: &Job) -> bool {
+    let failed = job.status.as_ref().is_some_and(|status| status.failed.unwrap_or_default() > 0);
+    failed || job.metadata.deletion_timestamp.is_some() || read(job, &[]).is_finished()
+}
+
+/// Whether the state of the pod may call for anything: neither when it was only just created nor when it ended well, which its
+/// Job says as well.
+pub(super) fn pod_is_news(pod: &Pod) -> bool {
+    let status = pod.status.as_ref();
+    let untouched = status.is_none_or(|status| status.conditions.is_none() && status.container_statuses.is_none());
+    match phase(pod) {
+        "Pending" | "" => !untouched || pod.metadata.deletion_timestamp.is_some(),
+        "Succeeded" => false,
+        _ => true,
+    }
+}
+
+/// Whether nothing runs in the pod any more.
+pub(super) fn has_ended(pod: &Pod) -> bool {
+    matches!(phase(pod), "Succeeded" | "Failed")
+}
+
 /// Reads the Job and those of `pods` that belong to it.
 pub fn read(job: &Job, pods: &[Pod]) -> JobState {
     let uid = job.metadata.uid.as_deref();
@@ -351,6 +374,25 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn jobs_and_pods_are_news_when_something_may_follow() {
+        let job = |status| serde_json::from_value::<Job>(json!({ "status": status })).unwrap();
+        assert!(!job_is_news(&Job::default()) && !job_is_news(&job(json!({ "active": 1, "ready": 1 }))));
+        let ended = json!({ "conditions": [{ "type": "Complete", "status": "True" }] });
+        assert!(job_is_news(&job(json!({ "active": 1, "failed": 1 }))) && job_is_news(&job(ended)));
+        let pod = |status| serde_json::from_value::<Pod>(json!({ "status": status })).unwrap();
+        for quiet in [json!({ "phase": "Pending" }), json!({ "phase": "Succeeded", "conditions": [] })] {
+            assert!(!pod_is_news(&pod(quiet)));
+        }
+        for news in [
+            json!({ "phase": "Pending", "conditions": [] }),
+            json!({ "phase": "Running" }),
+            json!({ "phase": "Failed" }),
+        ] {
+            assert!(pod_is_news(&pod(news)));
+        }
+    }
 
     #[test]
     fn a_build_that_stopped_because_its_pod_was_evicted_says_so() {

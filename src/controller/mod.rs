@@ -14,6 +14,7 @@ pub mod events;
 pub mod job_state;
 pub mod lease;
 pub mod metrics;
+pub mod news;
 mod observe;
 pub mod plan;
 pub mod progress;
@@ -25,8 +26,10 @@ pub mod releases;
 pub mod resources;
 pub mod retention;
 pub mod retry;
+pub mod starts;
 mod status;
 pub mod validate;
+mod watched;
 
 use std::{
     fmt,
@@ -39,7 +42,11 @@ use std::{
 };
 
 use backon::ExponentialBuilder;
-use futures::{StreamExt, TryStreamExt, future::ready, stream};
+use futures::{
+    Stream, StreamExt, TryStreamExt,
+    future::ready,
+    stream::{self, BoxStream},
+};
 use k8s_openapi::api::{
     batch::v1::Job,
     core::v1::{ConfigMap, Pod, Secret},
@@ -53,22 +60,26 @@ use kube_runtime::{
     WatchStreamExt,
     controller::{Config as ControllerConfig, Controller, Error as ControllerError},
     reflector::{self, ObjectRef, reflector},
-    watcher,
+    watcher::{self, Event, watcher},
 };
 use tokio::sync::{mpsc, watch};
 
 use self::{
+    apply::Announcement,
     context::{Context, Referrers, Resolvers, Settings},
     echoes::Echoes,
     events::Events,
     lease::{Election, LeaseSettings},
     metrics::Metrics,
+    news::{First, News},
     progress::Followers,
     queue::Queue,
-    reconcile::{Watched, on_error, reconcile, slim},
+    reconcile::{announce, on_error, reconcile},
     references::ObjectKind,
     releases::Releases,
     retry::Backoff,
+    starts::Starts,
+    watched::{Lean, Watched, is_new},
 };
 use crate::{
     api::v1alpha1::{NAME_LABEL, NodeImageBuild},
@@ -92,6 +103,8 @@ const TRIGGER: &str = "nodeimagebuild.dev/trigger";
 /// Resources reconciled at the same time: enough to start 500 builds in seconds without flooding the API server. Each has
 /// connections of its own, with their buffers: with 128 at a time they take more memory than all resources.
 const CONCURRENCY: u16 = 32;
+/// Announcements of starts that are made at the same time.
+const ANNOUNCEMENTS: usize = 8;
 /// Objects of one page of a list. Pages are held in memory while they are read.
 const PAGE: u32 = 100;
 /// Wait before a watch that broke is begun again, the first time and at most. All watches of a controller wait for each
@@ -218,7 +231,15 @@ impl Operator {
             () = until_stopped(stopped.clone()) => return,
         }
         ready.store(true, Ordering::Release);
+        let mut children = Children::watch(client, namespace);
+        let first = tokio::select! {
+            first = First::read(&mut children.jobs, &mut children.pods, client, namespace) => first,
+            () = until_stopped(stopped.clone()) => return,
+        };
+        let (starts, announcements) = Starts::new();
         let context = Arc::new(Context {
+            news: News::new(first, settings.lifecycle.finished_job_ttl),
+            starts,
             events: Events::new(client.clone()),
             followers: Followers::new(client.clone(), wake.clone()),
             releases: Releases::new(settings.lifecycle.release_poll_interval, wake.clone()),
@@ -233,7 +254,7 @@ impl Operator {
             settings: settings.clone(),
             client: client.clone(),
         });
-        let controller = controller(client, namespace, &context, woken);
+        let controller = controller(client, namespace, children, &context, woken);
         let store = controller.store();
         // Before its first list is there a controller does not end by itself, and has nothing to end.
         let stopped_early = async {
@@ -256,11 +277,29 @@ impl Operator {
                 }
                 std::future::ready(())
             });
+        let announcing = turns(announcements, until_stopped(stopped.clone()))
+            .for_each_concurrent(ANNOUNCEMENTS, |announcement| announce(announcement, Arc::clone(&context)));
         tokio::select! {
-            () = running => {}
+            ((), ()) = async { tokio::join!(running, announcing) } => {}
             () = stopped_early => {}
         }
     }
+}
+
+/// The announcements as they come, until the operator is stopped and the last one is there.
+fn turns(
+    announcements: mpsc::Receiver<Announcement>,
+    stopped: impl Future<Output = ()>,
+) -> impl Stream<Item = Announcement> {
+    stream::unfold((announcements, Box::pin(stopped)), |(mut announcements, mut stopped)| async move {
+        loop {
+            tokio::select! {
+                biased;
+                next = announcements.recv() => return next.map(|next| (next, (announcements, stopped))),
+                () = &mut stopped, if !announcements.is_closed() => announcements.close(),
+            }
+        }
+    })
 }
 
 async fn until_stopped(mut stopped: watch::Receiver<bool>) {
@@ -291,24 +330,43 @@ async fn wait_for_definition(builds: &Api<NodeImageBuild>) {
     }
 }
 
+/// The watches of what belongs to builds.
+struct Children {
+    jobs: BoxStream<'static, watcher::Result<Event<Lean<Job>>>>,
+    pods: BoxStream<'static, watcher::Result<Event<Lean<Pod>>>>,
+}
+
+impl Children {
+    fn watch(client: &Client, namespace: Option<&str>) -> Self {
+        let of_builds = watcher::Config::default().page_size(PAGE).labels(NAME_LABEL);
+        Self {
+            jobs: watcher(scoped(client, namespace), of_builds.clone()).boxed(),
+            pods: watcher(scoped(client, namespace), of_builds).boxed(),
+        }
+    }
+}
+
 fn controller(
     client: &Client,
     namespace: Option<&str>,
+    children: Children,
     context: &Arc<Context>,
     woken: mpsc::UnboundedReceiver<BuildRef>,
 ) -> Controller<Watched> {
     let all = watcher::Config::default().page_size(PAGE);
-    let of_builds = all.clone().labels(NAME_LABEL);
-    let progress = stream::unfold(woken, |mut woken| async { woken.recv().await.map(|build| (build.object(), woken)) });
-    let (secrets, config_maps) = (Arc::clone(context), Arc::clone(context));
-    let (of_build, of_job) = (Arc::clone(context), Arc::clone(context));
+    let progress = stream::unfold((woken, Arc::clone(context)), |(mut woken, context)| async move {
+        let build = woken.recv().await?;
+        context.news.disturb(&build);
+        Some((build.object(), (woken, context)))
+    });
+    let [secrets, config_maps, brought, echoed, of_jobs, of_pods] = std::array::from_fn(|_| Arc::clone(context));
     let (reader, writer) = reflector::store();
-    let builds = reflector(writer, watcher(scoped::<Watched>(client, namespace), all.clone()).modify(slim))
+    let builds = watcher(scoped::<Watched>(client, namespace), all.clone()).map_ok(move |event| take(event, &brought));
+    let builds = reflector(writer, builds)
         .applied_objects()
-        .try_filter(move |build| ready(!of_build.echoes.holds(&BuildRef::of(build), build)));
-    let jobs = watcher(scoped::<PartialObjectMeta<Job>>(client, namespace), of_builds.clone())
-        .touched_objects()
-        .try_filter(move |job| ready(!build_of(job).is_some_and(|build| of_job.echoes.holds(&build, job))));
+        .try_filter(move |build| ready(!echoed.echoes.holds(&BuildRef::of(build), build)));
+    let jobs = children.jobs.try_filter_map(move |event| ready(Ok(of_jobs.news.job(event))));
+    let pods = children.pods.try_filter_map(move |event| ready(Ok(of_pods.news.pod(event))));
     Controller::for_stream(builds, reader)
         .with_config(ControllerConfig::default().concurrency(CONCURRENCY))
         .trigger_backoff(watcher::ExponentialBackoff::from(
@@ -319,9 +377,7 @@ fn controller(
                 .without_max_times(),
         ))
         .owns_stream(jobs)
-        .watches(scoped::<PartialObjectMeta<Pod>>(client, namespace), of_builds, |pod| {
-            build_of(&pod).map(|build| build.object())
-        })
+        .watches_stream(pods, |pod| build_of(&pod).map(|build| build.object()))
         .watches(scoped::<PartialObjectMeta<Secret>>(client, namespace), all.clone(), move |secret| {
             referring(&secrets, ObjectKind::Secret, &secret)
         })
@@ -329,6 +385,39 @@ fn controller(
             referring(&config_maps, ObjectKind::ConfigMap, &map)
         })
         .reconcile_on(progress)
+}
+
+/// Takes over what the watch of builds brings, and leaves of it what stays in memory.
+fn take(event: Event<Watched>, context: &Context) -> Event<Watched> {
+    let lighten = |mut watched: Watched| {
+        let new = watched.whole.take().filter(|build| is_new(build));
+        watched.whole = new.filter(|build| context.starts.arrived(&BuildRef::of(build.as_ref())));
+        watched
+    };
+    match event {
+        Event::Init => {
+            context.starts.forget_all();
+            Event::Init
+        }
+        Event::InitApply(watched) => {
+            if let Some(build) = &watched.whole {
+                context.news.listed(build);
+            }
+            Event::InitApply(lighten(watched))
+        }
+        Event::InitDone => {
+            context.news.all_listed();
+            Event::InitDone
+        }
+        Event::Apply(watched) => {
+            context.news.disturb(&BuildRef::of(&watched));
+            Event::Apply(lighten(watched))
+        }
+        Event::Delete(watched) => {
+            context.forget(&BuildRef::of(&watched));
+            Event::Delete(Watched::reference(&watched))
+        }
+    }
 }
 
 /// The build that an object of ours belongs to by its label.

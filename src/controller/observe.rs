@@ -27,25 +27,23 @@ use super::{
     plan::{Inputs, Observed, ObservedJob},
     queue::{Queue, Standing, server},
     rebuild::{self, BaseNow, Due, Found},
-    reconcile::Guarded,
     references::{self, Lookup, ObjectKind, Reference, Use, references},
     resources::object_name,
     retention::{GROUP, KINDS, Named, Usage, VERSION, surplus},
     scoped,
     status::{condition, release_status},
     validate::{self, Refusal, Wish, wish},
+    watched::{Guarded, Lean, is_new},
 };
 use crate::{
-    api::v1alpha1::{
-        BUILD_ID_LABEL, FINALIZER, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING,
-    },
+    api::v1alpha1::{BUILD_ID_LABEL, NAME_LABEL, NodeImageBuild, Phase, REBUILD_ANNOTATION, conditions::RECONCILING},
     contract::{Archive, Base, BaseChecksum, Classified},
     error::Chain,
     release::{ReleaseError, ReleaseQuery},
 };
 
 /// Wait before a list that failed is asked for again.
-const LIST_RETRY: Duration = Duration::from_secs(2);
+pub(super) const LIST_RETRY: Duration = Duration::from_secs(2);
 
 /// Longest time for reading the release documents, with all their redirects and silences.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -78,7 +76,7 @@ async fn try_to_fill(queue: &Queue, client: &Client, namespace: Option<&str>) ->
         servers.insert(reference, server);
     })
     .await?;
-    each_page(&scoped::<Job>(client, namespace), ListParams::default().labels(NAME_LABEL), |job| {
+    each_page(&scoped::<Lean<Job>>(client, namespace), ListParams::default().labels(NAME_LABEL), |Lean(job)| {
         let active = job.metadata.deletion_timestamp.is_none() && !job_state::read(&job, &[]).is_finished();
         if let (true, Some(name)) = (active, job.labels().get(NAME_LABEL)) {
             let build = BuildRef { namespace: job.namespace().unwrap_or_default(), name: name.clone() };
@@ -90,7 +88,7 @@ async fn try_to_fill(queue: &Queue, client: &Client, namespace: Option<&str>) ->
 }
 
 /// Hands over every object of a list without holding all of them.
-async fn each_page<K>(api: &Api<K>, mut params: ListParams, mut take: impl FnMut(K)) -> kube::Result<()>
+pub(super) async fn each_page<K>(api: &Api<K>, mut params: ListParams, mut take: impl FnMut(K)) -> kube::Result<()>
 where
     K: Clone + DeserializeOwned + std::fmt::Debug,
 {
@@ -120,9 +118,7 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: 
 
     let mut pod_refusals = BTreeMap::new();
     for job in &observed_jobs {
-        if let JobState::Active { pod: PodState::Absent, .. } = job.state
-            && !job.deleting
-            && job.pod_due(now).is_zero()
+        if job.lacks_pod(now)
             && let Some(message) = pod_refusal(context, &namespace, &name, job, &jobs).await?
         {
             pod_refusals.insert(job.build_id.clone(), message);
@@ -170,26 +166,25 @@ struct Children {
     secrets: Vec<PartialObjectMeta<Secret>>,
 }
 
-/// Whether no pass has made anything for the resource: each adds the finalizer before it does. The object may be older
-/// than the cluster's; then the finalizer can not be added, and nothing is made of what was observed here.
-fn is_new(build: &NodeImageBuild) -> bool {
-    build.status.is_none()
-        && build.metadata.deletion_timestamp.is_none()
-        && !build.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
-}
-
 async fn children(namespace: &str, name: &str, context: &Context) -> Result<Children, Error> {
     let ours = ListParams::default().labels(&format!("{NAME_LABEL}={name}"));
-    let jobs: Api<Job> = Api::namespaced(context.client.clone(), namespace);
-    let pods: Api<Pod> = Api::namespaced(context.client.clone(), namespace);
+    let jobs: Api<Lean<Job>> = Api::namespaced(context.client.clone(), namespace);
+    let pods: Api<Lean<Pod>> = Api::namespaced(context.client.clone(), namespace);
     let secrets: Api<Secret> = Api::namespaced(context.client.clone(), namespace);
-    // Pods after Jobs: what a Job says about its pod must be visible in the pod as well.
-    let jobs = jobs.list(&ours).await.map_err(Error::api(format!("list the Jobs of `{name}`")))?;
-    let (pods, secrets) = tokio::try_join!(
-        async { pods.list(&ours).await.map_err(Error::api(format!("list the pods of `{name}`"))) },
+    let ((jobs, pods), secrets) = tokio::try_join!(
+        async {
+            // Pods after Jobs: what a Job says about its pod must be visible in the pod as well.
+            let jobs = jobs.list(&ours).await.map_err(Error::api(format!("list the Jobs of `{name}`")))?;
+            let pods = pods.list(&ours).await.map_err(Error::api(format!("list the pods of `{name}`")))?;
+            Ok((jobs, pods))
+        },
         async { secrets.list_metadata(&ours).await.map_err(Error::api(format!("list the Secrets of `{name}`"))) },
     )?;
-    Ok(Children { jobs: jobs.items, pods: pods.items, secrets: secrets.items })
+    Ok(Children {
+        jobs: jobs.into_iter().map(|Lean(job)| job).collect(),
+        pods: pods.into_iter().map(|Lean(pod)| pod).collect(),
+        secrets: secrets.items,
+    })
 }
 
 /// What EKS Anywhere's resources in all namespaces name, where an image is to go that one of them may use.
@@ -237,14 +232,11 @@ fn follow_release(build: &NodeImageBuild, context: &Context) -> bool {
 }
 
 fn live_pods(pods: &[Pod]) -> BTreeSet<String> {
-    let ended = |pod: &Pod| {
-        let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-        matches!(phase, Some("Succeeded" | "Failed"))
-    };
-    pods.iter().filter(|pod| !ended(pod)).filter_map(|pod| pod.labels().get(BUILD_ID_LABEL).cloned()).collect()
+    let live = pods.iter().filter(|pod| !job_state::has_ended(pod));
+    live.filter_map(|pod| pod.labels().get(BUILD_ID_LABEL).cloned()).collect()
 }
 
-fn observed_job(job: &Job, pods: &[Pod]) -> Option<ObservedJob> {
+pub(super) fn observed_job(job: &Job, pods: &[Pod]) -> Option<ObservedJob> {
     let annotation = |key: &str| job.annotations().get(key).cloned();
     Some(ObservedJob {
         build_id: job.labels().get(BUILD_ID_LABEL)?.clone(),

@@ -18,7 +18,7 @@ use super::{
     rebuild::{Due, Schedule},
     retention::{self, Usage},
     status::{Verdict, condition, failure_status, judge, record, set_image, time, trim},
-    validate::{Prepared, Refusal, Wish},
+    validate::{Prepared, Refusal, Wish, wish},
 };
 use crate::{
     api::v1alpha1::{
@@ -34,7 +34,8 @@ const BLOCKER_GRACE: Duration = Duration::from_secs(10);
 const ACTIVE_RESYNC: Duration = Duration::from_secs(300);
 /// A Job has its pod within this time, unless something forbids it.
 const POD_EXPECTED: Duration = Duration::from_secs(3);
-/// Wait before a Job without a pod, or with one that may get no user namespace, is looked at again.
+/// Wait before a Job without a pod, or with one that may get no user namespace, is looked at again. A Job controller that has
+/// thousands to do may need minutes: the longer there is no pod, the longer the wait.
 const NO_POD_RESYNC: Duration = Duration::from_secs(15);
 /// What the resource asks for may become possible without anything in the cluster changing, such as a new release.
 const REFUSED_RESYNC: Duration = Duration::from_secs(600);
@@ -64,10 +65,15 @@ pub struct ObservedJob {
 }
 
 impl ObservedJob {
-    /// How long it takes until a pod should be there; none when it is overdue.
-    pub(super) fn pod_due(&self, now: Timestamp) -> Duration {
-        let age = self.created.map_or(POD_EXPECTED, |created| elapsed(created, now));
-        POD_EXPECTED.saturating_sub(age)
+    fn age(&self, now: Timestamp) -> Duration {
+        self.created.map_or(POD_EXPECTED, |created| elapsed(created, now))
+    }
+
+    /// Whether it should have a pod by now and has none.
+    pub(super) fn lacks_pod(&self, now: Timestamp) -> bool {
+        matches!(self.state, JobState::Active { pod: PodState::Absent, .. })
+            && !self.deleting
+            && self.age(now) >= POD_EXPECTED
     }
 }
 
@@ -169,6 +175,11 @@ pub enum Count {
 }
 
 impl Plan {
+    /// The same plan if it only writes the status.
+    fn quiet(&self) -> Self {
+        Self { status: self.status.clone(), follow: self.follow.clone(), ..Self::new(self.requeue) }
+    }
+
     fn new(requeue: Requeue) -> Self {
         Self {
             add_finalizer: false,
@@ -428,10 +439,8 @@ pub fn plan(observed: &Observed, inputs: &Inputs, admission: Admission, job_ttl:
 /// nothing.
 pub(super) fn is_settled(observed: &Observed, plan: &Plan, job_ttl: Duration, now: Timestamp) -> bool {
     let Some(status) = &plan.status else { return false };
-    let quiet =
-        |plan: &Plan| Plan { status: plan.status.clone(), follow: plan.follow.clone(), ..Plan::new(plan.requeue) };
     let told = Plan { notes: vec![], counts: vec![], ..plan.clone() };
-    if told != quiet(plan) {
+    if told != plan.quiet() {
         return false;
     }
     let mut build = observed.build.as_ref().clone();
@@ -440,7 +449,46 @@ pub(super) fn is_settled(observed: &Observed, plan: &Plan, job_ttl: Duration, no
     if after.needs_inputs(now) || !retention::surplus(&after.build.spec, status).is_empty() {
         return false;
     }
-    self::plan(&after, &Inputs::NotNeeded, Admission::Go, job_ttl, now) == quiet(plan)
+    self::plan(&after, &Inputs::NotNeeded, Admission::Go, job_ttl, now) == plan.quiet()
+}
+
+/// What is there of builds that ended.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// All of them ended.
+    pub jobs: Vec<ObservedJob>,
+    pub secrets: BTreeSet<String>,
+    pub outside: Outside,
+}
+
+/// When to look at a resource of whose builds no more than this is left, where nothing is to be done about it now.
+pub(super) fn at_rest(build: Arc<NodeImageBuild>, left: Left, job_ttl: Duration, now: Timestamp) -> Option<Requeue> {
+    let status = build.status.as_ref()?;
+    let follows_releases = build.spec.rebuild.as_ref().is_some_and(|rebuild| rebuild.on_new_release);
+    if follows_releases
+        || build.metadata.deletion_timestamp.is_some()
+        || !retention::surplus(&build.spec, status).is_empty()
+    {
+        return None;
+    }
+    let observed = Observed {
+        wish: wish(&build),
+        jobs: left.jobs,
+        secrets: left.secrets,
+        live_pods: BTreeSet::new(),
+        pod_refusals: BTreeMap::new(),
+        progress: None,
+        manifest_changed: false,
+        outside: left.outside,
+        usage: Usage::NotNeeded,
+        build,
+    };
+    if observed.needs_inputs(now) {
+        return None;
+    }
+    let plan = plan(&observed, &Inputs::NotNeeded, Admission::Go, job_ttl, now);
+    let nothing = plan == plan.quiet() && plan.follow.is_none() && plan.status == observed.build.status;
+    (nothing && plan.requeue != Requeue::Backoff).then_some(plan.requeue)
 }
 
 /// A finished build whose successor may be due: starts it, or says why not. Gives the build that the status speaks of.
@@ -653,8 +701,10 @@ fn follow_job(
             let mut verdict = (Phase::Building, Verdict::Reconciling, "Building");
             match pod {
                 PodState::Absent => {
-                    let wait = job.pod_due(now);
-                    plan.requeue = Requeue::After(if wait.is_zero() { NO_POD_RESYNC } else { wait });
+                    plan.requeue = Requeue::After(match POD_EXPECTED.checked_sub(job.age(now)) {
+                        Some(wait) if !wait.is_zero() => wait,
+                        _ => job.age(now).clamp(NO_POD_RESYNC, ACTIVE_RESYNC),
+                    });
                     if let Some(refusal) = observed.pod_refusals.get(&job.build_id) {
                         (verdict, message) = pod_refused(&observed.build, refusal);
                     }
@@ -989,7 +1039,7 @@ mod tests {
             },
             "verification": "booted", "stageSeconds": {},
         });
-        let wish = super::super::validate::wish(&build);
+        let wish = wish(&build);
         let job = ObservedJob {
             build_id: "b".to_owned(),
             deleting: false,
@@ -1029,6 +1079,67 @@ mod tests {
         let plan = plan(&observed, &Inputs::NotNeeded, Admission::Go, ttl, now);
         assert_eq!(plan.status.as_ref().unwrap().phase, Some(Phase::Ready));
         assert_eq!(is_settled(&observed, &plan, ttl, now), expected);
+    }
+
+    /// What the next operator finds of a build that ended well.
+    fn recorded(more: &serde_json::Value) -> (Arc<NodeImageBuild>, ObservedJob) {
+        let (mut observed, now) = (ended(more, &json!([])), Timestamp::UNIX_EPOCH);
+        let plan = plan(&observed, &Inputs::NotNeeded, Admission::Go, Duration::from_secs(60), now);
+        let mut build = observed.build.as_ref().clone();
+        build.status = plan.status;
+        // Without its pod nothing tells what it made.
+        let failure = Failure {
+            stage: None,
+            class: FailureClass::Transient,
+            reason: String::new(),
+            message: String::new(),
+            pod: None,
+            container: None,
+        };
+        let mut job = observed.jobs.remove(0);
+        job.state = JobState::Failed { failure, completed: Some(now) };
+        (Arc::new(build), job)
+    }
+
+    #[test]
+    fn a_build_rests_until_its_job_goes() {
+        let (build, job) = recorded(&json!({}));
+        let rests = |jobs: &[&ObservedJob], secrets: &[&str], seconds| {
+            let jobs = jobs.iter().map(|job| (*job).clone()).collect();
+            let secrets = secrets.iter().map(|id| (*id).to_owned()).collect();
+            let left = Left { jobs, secrets, outside: Outside::default() };
+            at_rest(Arc::clone(&build), left, Duration::from_secs(60), Timestamp::from_second(seconds).unwrap())
+        };
+        assert_eq!(rests(&[&job], &["b"], 20), Some(Requeue::After(Duration::from_secs(40))));
+        assert_eq!(rests(&[], &[], 20), Some(Requeue::Never));
+        assert_eq!(rests(&[&job], &["b"], 60), None, "the Job's time is over");
+        assert_eq!(rests(&[], &["b"], 20), None, "a Secret without a Job");
+        assert_eq!(rests(&[&job], &["a", "b"], 20), None, "a Secret of an older build");
+        let other = ObservedJob { build_id: "a".to_owned(), ..job.clone() };
+        assert_eq!(rests(&[&job, &other], &["b"], 20), None, "a Job whose result is not recorded");
+    }
+
+    #[test]
+    fn a_build_that_something_is_to_be_done_about_does_not_rest() {
+        let rests = |more: &serde_json::Value, change: &dyn Fn(&mut NodeImageBuild)| {
+            let (build, job) = recorded(more);
+            let mut build = build.as_ref().clone();
+            change(&mut build);
+            let left = Left { jobs: vec![job], ..Left::default() };
+            at_rest(Arc::new(build), left, Duration::from_secs(60), Timestamp::UNIX_EPOCH).is_some()
+        };
+        assert!(rests(&json!({}), &|_| {}));
+        assert!(!rests(&json!({ "rebuild": { "onNewRelease": true } }), &|_| {}));
+        assert!(!rests(&json!({}), &|build| build.status = None));
+        assert!(!rests(&json!({}), &|build| build.metadata.generation = Some(2)));
+        assert!(!rests(&json!({}), &|build| build.spec.release_channel = "1-32".into()));
+        let deleted =
+            |build: &mut NodeImageBuild| build.metadata.deletion_timestamp = Some(time(Timestamp::UNIX_EPOCH));
+        assert!(!rests(&json!({}), &deleted));
+        let again = |build: &mut NodeImageBuild| {
+            build.metadata.annotations = Some([(crate::api::v1alpha1::REBUILD_ANNOTATION.into(), "1".into())].into());
+        };
+        assert!(!rests(&json!({}), &again));
     }
 
     #[test]

@@ -1,30 +1,24 @@
 //! One pass over one resource: observe, find out the inputs, plan, apply.
 
 use std::{
-    borrow::Cow,
-    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use jiff::Timestamp;
-use k8s_openapi::{NamespaceResourceScope, apimachinery::pkg::apis::meta::v1::ObjectMeta};
-use kube::{
-    Api, Resource, ResourceExt,
-    core::{DeserializeGuard, PartialObjectMeta, error_boundary::InvalidObject},
-};
+use kube::{Api, Resource, ResourceExt};
 use kube_runtime::controller::Action;
-use serde::{Deserialize, Deserializer};
 use tracing::{Instrument, field};
 
 use super::{
     BuildRef,
-    apply::apply,
+    apply::{Announcement, begin, complete},
     context::Context,
     error::Error,
     events::Note,
     observe::{inputs, observe},
     plan::{Requeue, is_settled, plan},
+    watched::{Guarded, Watched, is_new},
 };
 use crate::{api::v1alpha1::NodeImageBuild, contract::shorten, error::Chain};
 
@@ -32,64 +26,22 @@ use crate::{api::v1alpha1::NodeImageBuild, contract::shorten, error::Chain};
 const LIMIT: Duration = Duration::from_secs(90);
 /// A write lost a race: look again at once, with what the watch has brought by then.
 const CONFLICT: Duration = Duration::from_millis(200);
-
-/// What the controller watches, and keeps in memory of every resource.
-pub(super) type Watched = PartialObjectMeta<NodeImageBuild>;
-
-/// Leaves of a resource which one it is, in which version. The rest is read when a pass begins.
-pub(super) fn slim(watched: &mut Watched) {
-    let ObjectMeta { name, namespace, uid, resource_version, generation, .. } = mem::take(&mut watched.metadata);
-    watched.metadata = ObjectMeta { name, namespace, uid, resource_version, generation, ..ObjectMeta::default() };
-    watched.types = None;
-}
-
-/// A resource that was read: one that does not parse must not stop the others. It comes without the fields that each
-/// manager owns, whose maps take more room than the rest together. Who the managers are stays.
-#[derive(Clone, Debug)]
-pub(super) struct Guarded(pub(super) Result<NodeImageBuild, InvalidObject>);
-
-impl<'de> Deserialize<'de> for Guarded {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut object = DeserializeGuard::<NodeImageBuild>::deserialize(deserializer)?;
-        for entry in object.meta_mut().managed_fields.iter_mut().flatten() {
-            entry.fields_v1 = None;
-        }
-        Ok(Self(object.0))
-    }
-}
-
-impl Resource for Guarded {
-    type DynamicType = ();
-    type Scope = NamespaceResourceScope;
-
-    fn kind((): &()) -> Cow<'_, str> {
-        NodeImageBuild::kind(&())
-    }
-
-    fn group((): &()) -> Cow<'_, str> {
-        NodeImageBuild::group(&())
-    }
-
-    fn version((): &()) -> Cow<'_, str> {
-        NodeImageBuild::version(&())
-    }
-
-    fn plural((): &()) -> Cow<'_, str> {
-        NodeImageBuild::plural(&())
-    }
-
-    fn meta(&self) -> &ObjectMeta {
-        self.0.as_ref().map_or_else(|invalid| &invalid.metadata, Resource::meta)
-    }
-
-    fn meta_mut(&mut self) -> &mut ObjectMeta {
-        self.0.as_mut().map_or_else(|invalid| &mut invalid.metadata, Resource::meta_mut)
-    }
-}
+/// Wait before a pass that gave way to new builds tries again.
+const GAVE_WAY: Duration = Duration::from_millis(500);
 
 /// One pass.
 pub(super) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Result<Action, Error> {
     let began = Instant::now();
+    let (uid, build) = (object.uid().unwrap_or_default(), BuildRef::of(object.as_ref()));
+    if let Some(requeue) = context.news.rests(&build) {
+        return Ok(action(requeue, &uid, &context));
+    }
+    let Some(turn) = context.starts.turn(&build) else {
+        return Ok(Action::requeue(GAVE_WAY));
+    };
+    if !context.echoes.begin(&build) {
+        return Ok(Action::await_change());
+    }
     let span = tracing::info_span!(
         "reconcile",
         namespace = object.namespace().unwrap_or_default(),
@@ -98,38 +50,91 @@ pub(super) async fn reconcile(object: Arc<Watched>, context: Arc<Context>) -> Re
         otel.status_code = field::Empty,
         otel.status_description = field::Empty,
     );
-    let (uid, build) = (object.uid().unwrap_or_default(), BuildRef::of(object.as_ref()));
-    context.echoes.begin(&build);
-    let result = tokio::time::timeout(LIMIT, pass(&build, &context).instrument(span.clone())).await;
+    let whole = object.whole.clone().filter(|_| turn.is_first);
+    let result = tokio::time::timeout(LIMIT, pass(&build, whole, &context).instrument(span.clone())).await;
+    context.starts.left(&build);
     context.metrics.reconciled(began.elapsed());
     let result = result.unwrap_or(Err(Error::Timeout { limit: LIMIT })).inspect_err(|error| {
         span.record("otel.status_code", "ERROR").record("otel.status_description", Chain(error).to_string());
     });
-    let settled = result.as_ref().is_ok_and(|(_, settled)| *settled);
-    if context.echoes.end(&build, settled) {
+    let end = result.as_ref().map_or(End::Unsettled, |(_, end)| *end);
+    if end != End::Postponed && context.echoes.end(&build, end == End::Settled) {
         context.wake(&build);
     }
-    match result?.0 {
-        Requeue::Backoff => Ok(Action::requeue(context.backoff.failed(&uid))),
+    Ok(action(result?.0, &uid, &context))
+}
+
+/// What follows from a pass that went well.
+fn action(requeue: Requeue, uid: &str, context: &Context) -> Action {
+    match requeue {
+        Requeue::Backoff => Action::requeue(context.backoff.failed(uid)),
         Requeue::After(wait) => {
-            context.backoff.succeeded(&uid);
-            Ok(Action::requeue(wait))
+            context.backoff.succeeded(uid);
+            Action::requeue(wait)
         }
         Requeue::Never => {
-            context.backoff.succeeded(&uid);
-            Ok(Action::await_change())
+            context.backoff.succeeded(uid);
+            Action::await_change()
         }
     }
 }
 
-/// When to look again though nothing changed, and whether nothing follows from what was written.
-async fn pass(build: &BuildRef, context: &Context) -> Result<(Requeue, bool), Error> {
+/// How a pass ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum End {
+    /// Nothing follows from what was written.
+    Settled,
+    Unsettled,
+    /// Its announcement is still to be made.
+    Postponed,
+}
+
+/// When to look again though nothing changed, and how it ended. `whole` is a new resource that needs no reading.
+async fn pass(
+    build: &BuildRef,
+    whole: Option<Arc<NodeImageBuild>>,
+    context: &Context,
+) -> Result<(Requeue, End), Error> {
+    let build = match whole {
+        Some(build) => build,
+        None => match read(build, context).await? {
+            Some(build) => build,
+            None => return Ok((Requeue::Never, End::Settled)),
+        },
+    };
+    let reference = BuildRef::of(build.as_ref());
+    let now = Timestamp::now();
+    let observed = observe(build, context, now).await?;
+    context.news.lacks_pod(&reference, observed.jobs.iter().any(|job| job.lacks_pod(now)));
+    let inputs = inputs(&observed, context, now).await?;
+    let admission = context.queue.settle(&reference, &observed.standing(&inputs, now));
+    context.metrics.queued(context.queue.waiting());
+    let plan = plan(&observed, &inputs, admission, context.settings.lifecycle.finished_job_ttl, now);
+    tracing::debug!(?plan, "planned");
+    let version = begin(&observed, &plan, context).await?;
+    context.starts.left(&reference);
+    let mut announcement = Announcement::new(&observed, &plan, version);
+    if plan.start.is_some() && is_new(&observed.build) {
+        // Of a new build there is nothing else to do.
+        match context.starts.postpone(announcement) {
+            None => return Ok((plan.requeue, End::Postponed)),
+            Some(not_postponed) => announcement = not_postponed,
+        }
+    }
+    complete(&observed, &plan, &announcement, context).await?;
+    let settled =
+        plan.start.is_some() || is_settled(&observed, &plan, context.settings.lifecycle.finished_job_ttl, now);
+    Ok((plan.requeue, if settled { End::Settled } else { End::Unsettled }))
+}
+
+/// Reads the resource; nothing if it is gone, or can not be read.
+async fn read(build: &BuildRef, context: &Context) -> Result<Option<Arc<NodeImageBuild>>, Error> {
     let api: Api<Guarded> = Api::namespaced(context.client.clone(), &build.namespace);
     let Some(object) = api.get_opt(&build.name).await.map_err(Error::api("read the resource"))? else {
-        return Ok((Requeue::Never, true));
+        return Ok(None);
     };
-    let build = match object.0 {
-        Ok(build) => Arc::new(build),
+    match object.0 {
+        Ok(build) => Ok(Some(Arc::new(build))),
         Err(ref invalid) => {
             // There is no status of this version to write to; the API server keeps such objects out, so this one was
             // stored under other rules.
@@ -139,20 +144,24 @@ async fn pass(build: &BuildRef, context: &Context) -> Result<(Requeue, bool), Er
             );
             tracing::warn!("{message}");
             context.events.publish(&object, &Note::warning("InvalidResource", "Validate", message)).await;
-            return Ok((Requeue::Never, true));
+            Ok(None)
         }
-    };
-    let now = Timestamp::now();
-    let observed = observe(build, context, now).await?;
-    let inputs = inputs(&observed, context, now).await?;
-    let admission = context.queue.settle(&BuildRef::of(observed.build.as_ref()), &observed.standing(&inputs, now));
-    context.metrics.queued(context.queue.waiting());
-    let plan = plan(&observed, &inputs, admission, context.settings.lifecycle.finished_job_ttl, now);
-    tracing::debug!(?plan, "planned");
-    apply(&observed, &plan, context).await?;
-    let settled =
-        plan.start.is_some() || is_settled(&observed, &plan, context.settings.lifecycle.finished_job_ttl, now);
-    Ok((plan.requeue, settled))
+    }
+}
+
+/// Makes an announcement that was postponed, when its turn has come: the end of a pass.
+pub(super) async fn announce(announcement: Announcement, context: Arc<Context>) {
+    context.starts.give_way(announcement.since).await;
+    let build = announcement.build();
+    let span = tracing::info_span!("announce", namespace = build.namespace, name = build.name);
+    let made = tokio::time::timeout(LIMIT, announcement.make(&context).instrument(span)).await;
+    let made = made.unwrap_or(Err(Error::Timeout { limit: LIMIT }));
+    if let Err(error) = &made {
+        tracing::debug!(%build, error = %Chain(error), "the next pass says it");
+    }
+    if context.echoes.end(&build, made.is_ok()) || made.is_err() {
+        context.wake(&build);
+    }
 }
 
 /// When to try again after an error.
@@ -168,33 +177,4 @@ pub(super) fn on_error(object: Arc<Watched>, error: &Error, context: Arc<Context
     // It comes back to its old place; until then the others pass.
     context.queue.leave(&build);
     Action::requeue(context.backoff.failed(&object.uid().unwrap_or_default()))
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn watched_resources_keep_their_managers_and_not_what_those_own() {
-        let fields = json!({ "f:status": { "f:phase": {} } });
-        let entry = json!({ "manager": "backup", "operation": "Update", "subresource": "status", "fieldsV1": fields });
-        let mut object = json!({
-            "apiVersion": "nodeimagebuild.dev/v1alpha1",
-            "kind": "NodeImageBuild",
-            "metadata": { "name": "image", "managedFields": [entry] },
-            "spec": { "os": { "name": "ubuntu", "version": "22.04" }, "releaseChannel": "1-31", "baremetal": {} },
-        });
-        for parses in [true, false] {
-            if !parses {
-                object["spec"] = json!(1);
-            }
-            let guarded: Guarded = serde_json::from_value(object.clone()).unwrap();
-            assert_eq!(guarded.0.is_ok(), parses);
-            let [entry] = guarded.managed_fields() else { panic!("{guarded:?}") };
-            assert_eq!((entry.manager.as_deref(), entry.subresource.as_deref()), (Some("backup"), Some("status")));
-            assert_eq!(entry.fields_v1, None);
-        }
-    }
 }
