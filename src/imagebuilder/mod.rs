@@ -390,9 +390,7 @@ impl ImageBuilder<'_> {
                 }
                 vars["disk_size"] = json!(self.request.disk_size_mib.to_string());
             }
-            Machine::InPrism(InPrism { name, .. }) => {
-                vars["image_name"] = json!(name);
-                vars["image_export"] = json!("false");
+            Machine::InPrism(_) => {
                 vars["disk_size_gb"] = json!(self.request.disk_size_mib.div_ceil(1024).to_string());
             }
         }

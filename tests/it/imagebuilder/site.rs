@@ -15,7 +15,7 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use node_image_builder::contract::{BuildReport, BuildRequest, ProviderTarget, VERSION};
+use node_image_builder::contract::{BuildReport, BuildRequest, FailureReport, ProviderTarget, VERSION};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -226,7 +226,7 @@ impl Run {
         stages
     }
 
-    pub fn pid(&self) -> Pid {
+    fn pid(&self) -> Pid {
         Pid::from_raw(self.process.id().try_into().unwrap())
     }
 
@@ -238,6 +238,16 @@ impl Run {
 }
 
 impl Run {
+    /// What happens when a pod is told to stop: the build ends as one that was cancelled. Gives its message.
+    pub fn stop(&mut self) -> String {
+        kill(self.pid(), Signal::SIGTERM).unwrap();
+        let (code, report) = self.end();
+        assert_eq!(code, Some(130), "{report:?}");
+        let BuildReport::Failed(FailureReport { reason, message, .. }) = report else { panic!("{report:?}") };
+        assert_eq!(reason, "Cancelled");
+        message
+    }
+
     /// What happens when a pod is killed: Packer goes with it.
     pub fn kill(&mut self) {
         let children = |of: Pid| {

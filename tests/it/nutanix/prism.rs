@@ -934,11 +934,11 @@ struct Metadata {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Intent {
+struct Intent<S> {
     #[serde(rename = "api_version")]
     _api_version: Option<String>,
     metadata: Metadata,
-    spec: Spec,
+    spec: S,
 }
 
 #[derive(Deserialize)]
@@ -966,7 +966,7 @@ struct Reference {
     uuid: String,
 }
 
-impl Intent {
+impl Intent<Spec> {
     /// What is stored of it.
     fn check(&self, inner: &Inner) -> Result<(Value, Value), Refused> {
         let Self { metadata, spec, _api_version: _ } = self;
@@ -1028,7 +1028,7 @@ impl Intent {
 }
 
 async fn create_image(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let (intent, planned): (Intent, _) = match read_json(request).await {
+    let (intent, planned): (Intent<Spec>, _) = match read_json(request).await {
         Ok(read) => read,
         Err(refused) => return *refused,
     };
@@ -1067,7 +1067,7 @@ async fn read_image(State(shared): State<Arc<Shared>>, Path(uuid): Path<String>)
 }
 
 async fn update_image(State(shared): State<Arc<Shared>>, Path(uuid): Path<String>, request: Request) -> Response {
-    let (intent, planned): (Intent, _) = match read_json(request).await {
+    let (intent, planned): (Intent<Spec>, _) = match read_json(request).await {
         Ok(read) => read,
         Err(refused) => return *refused,
     };
@@ -1113,13 +1113,18 @@ async fn delete_image(State(shared): State<Arc<Shared>>, Path(uuid): Path<String
             return no_image();
         }
         let task = inner.begin("delete_image_intentful", Effect::Delete(uuid), failure(&planned));
-        accepted(json!({
-            "api_version": "3.1",
-            "metadata": {"kind": "image", "categories": {}},
-            "spec": "",
-            "status": {"state": "DELETE_PENDING", "execution_context": {"task_uuid": task}},
-        }))
+        deletion("image", &task)
     })
+}
+
+/// The answer to who deletes an entity.
+fn deletion(kind: &str, task: &str) -> Response {
+    accepted(json!({
+        "api_version": "3.1",
+        "metadata": {"kind": kind, "categories": {}},
+        "spec": "",
+        "status": {"state": "DELETE_PENDING", "execution_context": {"task_uuid": task}},
+    }))
 }
 
 /// What the headers of an upload say about its bytes.

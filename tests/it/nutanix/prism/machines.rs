@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::{
-    Effect, Inner, Metadata, Prism, Reference, Refused, Shared, accepted, disk_size, error, failure, invalid, list,
-    raw, read_json,
+    Effect, Inner, Intent, Prism, Reference, Refused, Shared, accepted, deletion, disk_size, error, failure, invalid,
+    list, raw, read_json,
 };
 
 const MIB: u64 = 1 << 20;
@@ -122,15 +122,6 @@ impl Machine {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Intent {
-    #[serde(rename = "api_version")]
-    _api_version: Option<String>,
-    metadata: Metadata,
-    spec: Spec,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Spec {
     name: String,
     #[serde(rename = "description")]
@@ -185,7 +176,7 @@ fn no_reference(reference: &Reference) -> Refused {
     Box::new(error(StatusCode::UNPROCESSABLE_ENTITY, "REFERENCE_ERROR", &message))
 }
 
-impl Intent {
+impl Intent<Spec> {
     /// What is stored of it, and the image that its disk is made from.
     fn check(&self, inner: &Inner) -> Result<(Value, PathBuf, u64), Refused> {
         let Spec { name, cluster_reference, resources, .. } = &self.spec;
@@ -244,7 +235,7 @@ impl Intent {
 }
 
 pub(super) async fn create(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let (intent, planned): (Intent, _) = match read_json(request).await {
+    let (intent, planned): (Intent<Spec>, _) = match read_json(request).await {
         Ok(read) => read,
         Err(refused) => return *refused,
     };
@@ -295,12 +286,7 @@ pub(super) async fn delete(State(shared): State<Arc<Shared>>, Path(uuid): Path<S
             return no_machine();
         }
         let task = inner.begin("delete_vm_intentful", Effect::DeleteMachine(uuid), failure(&planned));
-        accepted(json!({
-            "api_version": "3.1",
-            "metadata": {"kind": "vm", "categories": {}},
-            "spec": "",
-            "status": {"state": "DELETE_PENDING", "execution_context": {"task_uuid": task}},
-        }))
+        deletion("vm", &task)
     })
 }
 
