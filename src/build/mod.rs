@@ -371,7 +371,7 @@ impl Build<'_> {
                 Base::PrismImage(source) => {
                     let provider = provider.ok_or(BuildError::Inconsistent)?;
                     let disk = workspace.dir().join("source.disk");
-                    let SourceDisk { url, digest } = provider.fetch_source(source, &disk).await?;
+                    let SourceDisk { url, digest, .. } = provider.fetch_source(source, &disk).await?;
                     ((native::Base::Disk(disk), url, digest), files.await?)
                 }
                 Base::Recipe => return Err(BuildError::Inconsistent),

@@ -13,7 +13,7 @@ use super::{
     NutanixError, Progress, images,
     place::{self, not_found},
     prism::Prism,
-    source::{self, QCOW2},
+    source,
     upload::{Upload, working_name},
 };
 use crate::{
@@ -71,10 +71,10 @@ pub(super) async fn place(
         Start::Here(disk) => {
             let source = ImageSource::new(disk, "source", Format::Raw);
             let name = source_name(build_id);
-            Upload::new(prism, target, request, name, &source, cancel, progress).put_source(size).await?
+            Upload::new(prism, target, request, name, &source, cancel, progress).put_source(&cluster, size).await?
         }
     };
-    Ok(PackerPlace { name: machine_name(build_id), cluster, subnet, source })
+    Ok(PackerPlace { name: machine_name(build_id), cluster: cluster.uuid, subnet, source })
 }
 
 /// Where the disk is that the machine starts from.
@@ -114,8 +114,7 @@ pub(super) async fn fetch_made(
         action: "give the image that Packer made".to_owned(),
         message: problem,
     })?;
-    source::download(prism, &image, path, tell).await?;
-    if source::beginning(path)? == QCOW2 {
+    if source::download(prism, &image, path, tell).await?.is_qcow2 {
         let answer = "it came as a qcow2, and an image of a machine's disk is raw".to_owned();
         return Err(NutanixError::SourceCorrupted { server: prism.server.clone(), name, answer });
     }

@@ -54,13 +54,14 @@ pub(super) async fn check(prism: &Prism, target: &NutanixTarget, source: Option<
     }
 }
 
-/// UUIDs of the cluster and of the subnet that a machine goes to.
-pub(super) async fn of_machine(prism: &Prism, target: &NutanixTarget) -> Result<(String, String), NutanixError> {
+/// The cluster that a machine goes to, and the UUID of its subnet.
+pub(super) async fn of_machine(prism: &Prism, target: &NutanixTarget) -> Result<(Cluster, String), NutanixError> {
     let cluster = cluster(prism, target).await?;
     let wanted = target.subnet.as_deref().unwrap_or_default();
     let subnets = prism.list("subnet", None).await?;
-    match &reachable(&subnets, wanted, &cluster)[..] {
-        [subnet] => Ok((cluster.uuid, subnet.metadata.uuid.clone())),
+    let reachable = reachable(&subnets, wanted, &cluster);
+    match &reachable[..] {
+        [subnet] => Ok((cluster, subnet.metadata.uuid.clone())),
         [] => {
             let problem = subnet_problem(&subnets, wanted, Some(&cluster));
             Err(not_found(prism, problem.into_iter().collect()))

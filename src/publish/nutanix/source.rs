@@ -33,7 +33,7 @@ const DOWNLOADS: usize = 3;
 const QUEUE: usize = 16;
 /// So many zeros become a hole.
 const HOLE: usize = 64 * 1024;
-pub(super) const QCOW2: &[u8] = b"QFI\xfb";
+const QCOW2: &[u8] = b"QFI\xfb";
 /// Where a qcow2 says how large its disk is (QEMU's `docs/interop/qcow2.txt`).
 const QCOW2_SIZE: std::ops::Range<usize> = 24..32;
 /// Where a disk that starts a machine by its BIOS is signed.
@@ -46,6 +46,8 @@ pub struct SourceDisk {
     pub url: Url,
     /// Of its bytes, as `sha256:…`.
     pub digest: String,
+    /// Whether it is a qcow2, and not raw.
+    pub is_qcow2: bool,
 }
 
 /// The one image of the name that a build can start from, or what is wrong with the name.
@@ -80,26 +82,16 @@ fn problem(image: &Entity) -> Option<String> {
     status.resources.size_bytes.is_none().then(|| "it has no contents, name another one".to_owned())
 }
 
-/// The first bytes of a file, as many as `N` where it has them.
-fn first<const N: usize>(path: &Path) -> Result<[u8; N], NutanixError> {
-    let mut bytes = [0; N];
-    let failed = |source| NutanixError::Disk { path: path.to_owned(), source };
-    let file = File::open(path).map_err(failed)?;
-    match file.read_exact_at(&mut bytes, 0) {
-        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => Err(failed(error)),
-        // A file that is shorter has zeros there, for this purpose.
-        Ok(()) | Err(_) => Ok(bytes),
-    }
-}
-
-/// What a file begins with, to tell its format.
-pub(super) fn beginning(path: &Path) -> Result<[u8; QCOW2.len()], NutanixError> {
-    first(path)
-}
-
 /// Bytes of the disk in a file that vendors publish for machines: a qcow2 or a raw disk.
 pub(super) fn disk_size(path: &Path) -> Result<u64, NutanixError> {
-    let header: [u8; 512] = first(path)?;
+    let failed = |source| NutanixError::Disk { path: path.to_owned(), source };
+    let file = File::open(path).map_err(failed)?;
+    let mut header = [0; 512];
+    match file.read_exact_at(&mut header, 0) {
+        Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => return Err(failed(error)),
+        // A file that is shorter has zeros there, for this purpose.
+        Ok(()) | Err(_) => {}
+    }
     if header.starts_with(QCOW2) {
         let size = header[QCOW2_SIZE].iter().fold(0, |size, byte| size << 8 | u64::from(*byte));
         return Ok(size);
@@ -107,8 +99,7 @@ pub(super) fn disk_size(path: &Path) -> Result<u64, NutanixError> {
     if header[SIGNATURE] != [0x55, 0xaa] {
         return Err(NutanixError::NotADisk);
     }
-    let metadata = std::fs::metadata(path);
-    metadata.map(|metadata| metadata.len()).map_err(|source| NutanixError::Disk { path: path.to_owned(), source })
+    file.metadata().map(|metadata| metadata.len()).map_err(failed)
 }
 
 /// Downloads an image to the new file `path`, with holes where it has zeros. `tell` is told the share that is there.
@@ -184,7 +175,11 @@ impl Received {
             }
             _ => {}
         }
-        Ok(SourceDisk { url: prism.file_url(&image.metadata.uuid), digest: format!("sha256:{}", self.sha256) })
+        Ok(SourceDisk {
+            url: prism.file_url(&image.metadata.uuid),
+            digest: format!("sha256:{}", self.sha256),
+            is_qcow2: self.is_qcow2,
+        })
     }
 }
 

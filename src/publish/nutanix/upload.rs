@@ -125,10 +125,10 @@ impl<'u> Upload<'u> {
     }
 
     /// Brings a disk of so many bytes there for a machine to start from. It keeps its name, and goes with the machine.
-    pub(super) async fn put_source(&self, disk_size: u64) -> Result<String, NutanixError> {
+    pub(super) async fn put_source(&self, cluster: &Cluster, disk_size: u64) -> Result<String, NutanixError> {
         let work = async {
             let summary = self.interruptible(self.summary()).await?;
-            self.bring(&Summary { virtual_size: disk_size, ..summary }).await
+            self.bring(cluster, &Summary { virtual_size: disk_size, ..summary }).await
         };
         let result = work.await;
         if result.is_err() {
@@ -149,17 +149,19 @@ impl<'u> Upload<'u> {
     /// Brings the image to Prism Central, under its working name. Also gives the images that have the real one.
     async fn put(&self) -> Result<(PrismImage, Vec<Entity>), NutanixError> {
         let (prism, target, identity) = (self.prism, self.target, &self.request.identity);
-        let prepare = async { Ok((self.summary().await?, occupants(prism, target, identity).await?)) };
-        let (summary, occupants) = self.interruptible(prepare).await?;
-        let uuid = self.bring(&summary).await?;
+        let prepare = async {
+            let summary = self.summary().await?;
+            Ok((summary, occupants(prism, target, identity).await?, place::cluster(prism, target).await?))
+        };
+        let (summary, occupants, cluster) = self.interruptible(prepare).await?;
+        let uuid = self.bring(&cluster, &summary).await?;
         Ok((PrismImage { name: target.image_name.clone(), uuid, summary }, occupants))
     }
 
     /// Sends the file, and waits until Prism Central has taken it over.
-    async fn bring(&self, summary: &Summary) -> Result<String, NutanixError> {
+    async fn bring(&self, cluster: &Cluster, summary: &Summary) -> Result<String, NutanixError> {
         let prism = self.prism;
-        let cluster = self.interruptible(place::cluster(prism, self.target)).await?;
-        let uuid = self.send(&cluster, summary).await?;
+        let uuid = self.send(cluster, summary).await?;
         let tell = |doing: &str| {
             let doing = if doing.is_empty() { "takes over the image" } else { doing };
             self.progress.tell(SENT, format!("{}: {doing}", prism.server));

@@ -93,7 +93,8 @@ async fn disk_comes_raw_with_its_holes_and_its_digest() {
     let lab = Lab::new().await;
     // Its checksum is of this file, and not of the disk that comes.
     let uuid = lab.prism.add_disk(SOURCE, &packed(&lab));
-    let SourceDisk { url, digest: named } = lab.fetch().await.unwrap();
+    let SourceDisk { url, digest: named, is_qcow2 } = lab.fetch().await.unwrap();
+    assert!(!is_qcow2);
     assert_eq!(named, format!("sha256:{}", digest(&lab.disk())));
     assert_eq!(url.path(), format!("/api/nutanix/v3/images/{uuid}/file"));
     assert_eq!(digest(&lab.place()), digest(&lab.disk()));
