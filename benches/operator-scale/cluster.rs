@@ -84,7 +84,10 @@ async fn see_jobs(client: Client, seen: watch::Sender<usize>, created: mpsc::Unb
     while let Some(job) = jobs.try_next().await.unwrap() {
         if known.insert(job.uid().unwrap()) {
             seen.send_modify(|seen| *seen += 1);
-            created.send(job).unwrap();
+            // Nobody creates pods any more when the benchmark ends.
+            if created.send(job).is_err() {
+                return;
+            }
         }
     }
 }

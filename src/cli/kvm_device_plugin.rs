@@ -27,18 +27,22 @@ pub(super) struct Options {
         default_value = "/var/lib/kubelet/device-plugins"
     )]
     device_plugins_dir: PathBuf,
+    /// Lets everybody on the node open KVM's device (mode 0666) once a container was given it; containers with a user namespace
+    /// can not else.
+    #[arg(long, env = "IMAGE_BUILDER_OPEN_DEVICE")]
+    open_device: bool,
 }
 
 /// Runs until SIGTERM or SIGINT.
 pub(super) fn run(options: Options) -> anyhow::Result<()> {
-    let Options { node_name: node, device_plugins_dir: dir } = options;
+    let Options { node_name: node, device_plugins_dir: dir, open_device: open_to_everybody } = options;
     let scratch = tempfile::tempdir().context("can not make a directory for the probe guest")?;
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
         let stop = told_to_stop()?;
         let client = client(cluster().await?)?;
         let runner = Runner::new(Redactor::default(), CancellationToken::new());
         let probe = async || accelerator::kvm_failure(scratch.path(), &runner).await;
-        let plugin = DevicePlugin { dir, device: KVM_DEVICE.into(), node, client };
+        let plugin = DevicePlugin { dir, device: KVM_DEVICE.into(), open_to_everybody, node, client };
         tokio::select! {
             ended = plugin.run(probe) => match ended? {},
             () = stop => Ok(()),

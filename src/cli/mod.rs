@@ -8,6 +8,7 @@ mod doctor;
 mod documents;
 mod download;
 pub(crate) mod dropin;
+mod duration;
 mod failure;
 mod guest_checks;
 mod kvm_device_plugin;

@@ -7,7 +7,10 @@ use clap::Args;
 use tokio::net::TcpListener;
 use url::Url;
 
-use super::service::{client, cluster, told_to_stop};
+use super::{
+    duration,
+    service::{client, cluster, told_to_stop},
+};
 use crate::{
     contract::token::SigningKey,
     controller::{
@@ -24,6 +27,9 @@ use crate::{
 
 /// Upstream's own image, of the version that EKS Anywhere's tool builds with.
 const IMAGE_BUILDER_IMAGE: &str = "registry.k8s.io/scl-image-builder/cluster-node-image-builder-amd64:v0.1.48";
+
+/// More looks at a release manifest find nothing sooner: new releases come weekly at most.
+const SHORTEST_POLL_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Watches `NodeImageBuilds` and runs a Job for each.
 #[derive(Debug, Args)]
@@ -96,11 +102,11 @@ fn label(text: &str) -> Result<(String, String), String> {
 #[derive(Debug, Args)]
 struct LifecycleArgs {
     /// How long the Job of a finished build stays, with its pod and log, e.g. 24h. The result stays in the status.
-    #[arg(long, env = "IMAGE_BUILDER_FINISHED_JOB_TTL", default_value = "24h")]
-    finished_job_ttl: kube::core::Duration,
+    #[arg(long, env = "IMAGE_BUILDER_FINISHED_JOB_TTL", default_value = "24h", value_parser = duration::parse)]
+    finished_job_ttl: Duration,
     /// Time between two looks at a release manifest for builds with rebuild.onNewRelease, at least 1m.
-    #[arg(long, env = "IMAGE_BUILDER_RELEASE_POLL_INTERVAL", default_value = "15m")]
-    release_poll_interval: kube::core::Duration,
+    #[arg(long, env = "IMAGE_BUILDER_RELEASE_POLL_INTERVAL", default_value = "15m", value_parser = duration::parse)]
+    release_poll_interval: Duration,
     /// How many builds may run at the same time; without it, any number.
     #[arg(long, env = "IMAGE_BUILDER_MAX_BUILDS")]
     max_builds: Option<NonZeroUsize>,
@@ -121,23 +127,17 @@ impl LifecycleArgs {
             max_builds_per_namespace,
             max_builds_per_server,
         } = self;
-        for (value, flag, least) in
-            [(finished_job_ttl, "finished-job-ttl", 0), (release_poll_interval, "release-poll-interval", 60)]
-        {
-            if value.is_negative() || Duration::from(value) < Duration::from_secs(least) {
-                bail!("--{flag} is {value}: write a duration of at least {least} s, e.g. 15m or 24h");
-            }
+        if release_poll_interval < SHORTEST_POLL_INTERVAL {
+            bail!(
+                "--release-poll-interval is {release_poll_interval:?}: write at least {SHORTEST_POLL_INTERVAL:?}, e.g. 15m"
+            );
         }
         let limits = Limits {
             total: max_builds.map(NonZeroUsize::get),
             per_namespace: max_builds_per_namespace.map(NonZeroUsize::get),
             per_server: max_builds_per_server.map(NonZeroUsize::get),
         };
-        Ok(Lifecycle {
-            finished_job_ttl: finished_job_ttl.into(),
-            release_poll_interval: release_poll_interval.into(),
-            limits,
-        })
+        Ok(Lifecycle { finished_job_ttl, release_poll_interval, limits })
     }
 }
 

@@ -216,7 +216,7 @@ pub(super) fn no_user_namespace(said: &str) -> Option<Blocker> {
         reason: "UserNamespacesUnsupported",
         message: format!(
             "the node gives the build pod no user namespace ({}); choose nodes with containerd 2.0, runc 1.2 and Linux 6.3 or \
-             newer (builds.nodeSelector), or have the operator installed without builds.userNamespaces; {REBUILD_HINT}",
+             newer (builds.nodeSelector), or have the operator installed without builds.userNamespaces",
             shorten(said, MAX_TEXT)
         ),
     })

@@ -127,9 +127,11 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: 
     for job in &mut observed_jobs {
         if let JobState::Active { pod: PodState::Pending { pod, blocker, user_namespace: true, .. }, .. } =
             &mut job.state
-            && blocker.is_none()
         {
-            *blocker = no_user_namespace(context, &namespace, &pods, pod).await?;
+            job.outdated = !context.settings.placement.user_namespaces;
+            if blocker.is_none() {
+                *blocker = no_user_namespace(context, &namespace, &pods, pod).await?;
+            }
         }
     }
     let running = observed_jobs.iter().filter(|job| !job.deleting).find_map(|job| match &job.state {
@@ -241,6 +243,7 @@ pub(super) fn observed_job(job: &Job, pods: &[Pod]) -> Option<ObservedJob> {
     Some(ObservedJob {
         build_id: job.labels().get(BUILD_ID_LABEL)?.clone(),
         deleting: job.metadata.deletion_timestamp.is_some(),
+        outdated: false,
         created: job.metadata.creation_timestamp.as_ref().map(|time| time.0),
         wish: Wish {
             spec_digest: annotation(SPEC_DIGEST).unwrap_or_default(),

@@ -54,6 +54,8 @@ pub struct ObservedJob {
     pub build_id: String,
     /// Its deletion has begun.
     pub deleting: bool,
+    /// It waits for what the operator no longer gives to builds.
+    pub outdated: bool,
     pub created: Option<Timestamp>,
     /// What was wished when it was made.
     pub wish: Wish,
@@ -239,6 +241,7 @@ impl Observed {
             let ours = of_status == Some(job.build_id.as_str());
             let done = matches!(job.state, JobState::Succeeded { .. }) || (ours && self.is_succeeded());
             !job.deleting
+                && !job.outdated
                 && job.wish.spec_digest == self.wish.spec_digest
                 && self.is_answered_by(job.wish.rebuild.as_ref())
                 // How a build runs does not matter any more once there is an image.
@@ -1043,6 +1046,7 @@ mod tests {
         let job = ObservedJob {
             build_id: "b".to_owned(),
             deleting: false,
+            outdated: false,
             created: Some(Timestamp::UNIX_EPOCH),
             wish: wish.clone(),
             inputs_digest: None,

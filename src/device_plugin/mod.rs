@@ -26,6 +26,7 @@ use tonic_prost::ProstCodec;
 pub use self::service::DEVICES;
 use self::{
     messages::{DevicePluginOptions, Empty, KUBELET_SOCKET, REGISTER, RegisterRequest, VERSION},
+    service::Given,
     watch::Directory,
 };
 use crate::{error::Chain, native::accelerator::AcceleratorError};
@@ -61,6 +62,9 @@ pub struct DevicePlugin {
     pub dir: PathBuf,
     /// KVM's device, whose coming and going is followed.
     pub device: PathBuf,
+    /// Whether everybody on the node may open the device once a container was given it. A container with a user namespace
+    /// can not open one that belongs to the node's root.
+    pub open_to_everybody: bool,
     /// Name of the node that is labelled.
     pub node: String,
     /// Access to the API server, for the label.
@@ -69,10 +73,11 @@ pub struct DevicePlugin {
 
 impl fmt::Debug for DevicePlugin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { dir, device, node, client: _ } = self;
+        let Self { dir, device, open_to_everybody, node, client: _ } = self;
         f.debug_struct("DevicePlugin")
             .field("dir", dir)
             .field("device", device)
+            .field("open_to_everybody", open_to_everybody)
             .field("node", node)
             .finish_non_exhaustive()
     }
@@ -145,7 +150,7 @@ impl DevicePlugin {
                 node::follow(&self.client, &self.node, kvm.clone()).await
             };
             tokio::select! {
-                ended = service::serve(listener, kvm.clone()) => {
+                ended = service::serve(listener, self.given(kvm)) => {
                     ended.map_err(|source| DevicePluginError::Serve { source })?;
                 }
                 never = introduce => match never {},
@@ -155,6 +160,11 @@ impl DevicePlugin {
                 }
             }
         }
+    }
+
+    /// What containers are given.
+    fn given(&self, kvm: &state::Receiver<Kvm>) -> Given {
+        Given { kvm: kvm.clone(), opened: self.open_to_everybody.then(|| self.device.clone()) }
     }
 
     /// Registers the plugin, however long that takes.

@@ -1,6 +1,11 @@
 //! The service `DevicePlugin`, as kubelet calls it.
 
-use std::convert::Infallible;
+use std::{
+    convert::Infallible,
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
 
 use axum::http;
 use futures::{Stream, StreamExt, stream};
@@ -23,11 +28,22 @@ use crate::native::accelerator::KVM_DEVICE;
 /// How many containers may have KVM at a time: any number can, so more than a node runs pods.
 pub const DEVICES: usize = 256;
 
+/// Mode of a device that everybody may open; what systemd's own rule gives to KVM's since version 239.
+const OPEN: u32 = 0o666;
+
+/// What containers are given.
+#[derive(Clone, Debug)]
+pub(super) struct Given {
+    pub(super) kvm: watch::Receiver<Kvm>,
+    /// The device that everybody on the node may open once a container has it.
+    pub(super) opened: Option<PathBuf>,
+}
+
 /// Answers on a socket until that fails.
-pub(super) async fn serve(listener: UnixListener, kvm: watch::Receiver<Kvm>) -> Result<(), tonic::transport::Error> {
+pub(super) async fn serve(listener: UnixListener, given: Given) -> Result<(), tonic::transport::Error> {
     let service = tower::service_fn(move |request| {
-        let kvm = kvm.clone();
-        async move { Ok::<_, Infallible>(answer(request, kvm).await) }
+        let given = given.clone();
+        async move { Ok::<_, Infallible>(answer(request, given).await) }
     });
     Server::builder().serve_with_incoming(service, connections(listener)).await
 }
@@ -40,7 +56,7 @@ fn connections(listener: UnixListener) -> impl Stream<Item = std::io::Result<Uni
 }
 
 /// `GetPreferredAllocation` and `PreStartContainer` are optional: [`DevicePluginOptions`] says that they are not needed.
-async fn answer(request: http::Request<Body>, kvm: watch::Receiver<Kvm>) -> http::Response<Body> {
+async fn answer(request: http::Request<Body>, given: Given) -> http::Response<Body> {
     match request.uri().path() {
         OPTIONS => {
             let options = async |_: Request<Empty>| Ok(Response::new(DevicePluginOptions::default()));
@@ -48,14 +64,14 @@ async fn answer(request: http::Request<Body>, kvm: watch::Receiver<Kvm>) -> http
         }
         LIST_AND_WATCH => {
             let list = move |_: Request<Empty>| {
-                let kvm = kvm.clone();
+                let kvm = given.kvm.clone();
                 async move { Ok(Response::new(lists(kvm).map(Ok::<_, Status>))) }
             };
             Grpc::new(ProstCodec::default()).server_streaming(tower::service_fn(list), request).await
         }
         ALLOCATE => {
             let allocate = move |request: Request<AllocateRequest>| {
-                let answer = allocate(&request.into_inner(), *kvm.borrow());
+                let answer = allocate(&request.into_inner(), &given);
                 async move { answer.map(Response::new) }
             };
             Grpc::new(ProstCodec::default()).unary(tower::service_fn(allocate), request).await
@@ -85,7 +101,8 @@ fn devices(kvm: Kvm) -> Vec<Device> {
 }
 
 /// The device for each container that asks for one, however many it asks for.
-fn allocate(request: &AllocateRequest, kvm: Kvm) -> Result<AllocateResponse, Status> {
+fn allocate(request: &AllocateRequest, given: &Given) -> Result<AllocateResponse, Status> {
+    let kvm = *given.kvm.borrow();
     if kvm != Kvm::RunsGuests {
         return Err(Status::failed_precondition("KVM runs no guest on this node (any more)"));
     }
@@ -102,5 +119,16 @@ fn allocate(request: &AllocateRequest, kvm: Kvm) -> Result<AllocateResponse, Sta
         Ok(ContainerAllocateResponse { devices: vec![device] })
     };
     let container_responses = request.container_requests.iter().map(container).collect::<Result<_, _>>()?;
+    if let Some(device) = &given.opened {
+        open(device)?;
+    }
     Ok(AllocateResponse { container_responses })
+}
+
+/// Lets everybody on the node open the device. It is done for each container, since the node's own rules may have undone it.
+fn open(device: &Path) -> Result<(), Status> {
+    fs::set_permissions(device, Permissions::from_mode(OPEN)).map_err(|error| {
+        let device = device.display();
+        Status::internal(format!("{device} can not be opened to containers with a user namespace: {error}"))
+    })
 }

@@ -1,6 +1,11 @@
 //! What runs a guest: KVM where it really does, else software emulation.
 
-use std::{io::Write, path::Path, time::Duration};
+use std::{
+    fs::OpenOptions,
+    io::{self, Write},
+    path::Path,
+    time::Duration,
+};
 
 use crate::{
     contract::{Accelerator, Classified, FailureClass},
@@ -50,7 +55,7 @@ pub enum AcceleratorError {
     )]
     NoKvm { why: String },
     #[error("can not write the probe guest")]
-    Probe { source: std::io::Error },
+    Probe { source: io::Error },
     #[error("can not run the emulator")]
     Emulator { source: ProcessError },
 }
@@ -87,8 +92,8 @@ pub async fn probe(wanted: Accelerator, scratch: &Path, runner: &Runner) -> Resu
 
 /// Why KVM runs no guest, if it does not; found out by running one, in `scratch`.
 pub async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<String>, AcceleratorError> {
-    if !Path::new(KVM_DEVICE).exists() {
-        return Ok(Some(format!("there is no {KVM_DEVICE}")));
+    if let Err(error) = OpenOptions::new().read(true).write(true).open(KVM_DEVICE) {
+        return Ok(Some(not_opened(&error)));
     }
     let mut firmware = tempfile::Builder::new()
         .prefix("probe-")
@@ -110,6 +115,18 @@ pub async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<Strin
         Err(ProcessError::TimedOut { .. }) => Ok(Some("the probe guest hung".to_owned())),
         Err(source) => Err(AcceleratorError::Emulator { source }),
         Ok(_) => Ok(Some("the probe guest ended without an answer".to_owned())),
+    }
+}
+
+/// Why there is no use in a guest.
+fn not_opened(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => format!("there is no {KVM_DEVICE}"),
+        io::ErrorKind::PermissionDenied => format!(
+            "{KVM_DEVICE} can not be opened: {error}; for pods that have a user namespace it has to be open to everybody on \
+             the node, mode 0666"
+        ),
+        _ => format!("{KVM_DEVICE} can not be opened: {error}"),
     }
 }
 
@@ -147,6 +164,18 @@ mod tests {
         let runner = Runner::new(Redactor::default(), CancellationToken::new());
         let error = runner.run(spec).await.unwrap_err();
         assert!(matches!(error, ProcessError::Failed { code: Some(PROBE_EXIT), .. }), "{error}");
+    }
+
+    #[test]
+    fn says_why_the_device_can_not_be_opened() {
+        for (kind, said) in [
+            (io::ErrorKind::NotFound, "there is no /dev/kvm"),
+            (io::ErrorKind::PermissionDenied, "mode 0666"),
+            (io::ErrorKind::ResourceBusy, "/dev/kvm can not be opened: resource busy"),
+        ] {
+            let told = not_opened(&kind.into());
+            assert!(told.contains(said), "{told}");
+        }
     }
 
     #[tokio::test]

@@ -29,6 +29,32 @@ pub fn setting(name: &str) -> String {
     env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run the end-to-end tests by `make e2e`"))
 }
 
+/// Values that the chart is installed with beside those of the development cluster, until this is dropped.
+pub struct ChartValues;
+
+impl ChartValues {
+    pub fn set(values: &[&str]) -> Self {
+        upgrade(values);
+        Self
+    }
+}
+
+impl Drop for ChartValues {
+    fn drop(&mut self) {
+        upgrade(&[]);
+    }
+}
+
+fn upgrade(values: &[&str]) {
+    let output = Command::new("helm")
+        .args(["upgrade", "node-image-builder", "charts/node-image-builder", "--namespace", SYSTEM])
+        .args(["--values", "dev/values.yaml", "--set", &values.join(","), "--wait", "--timeout", "3m"])
+        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// A namespace that may run build pods; deleted with everything in it by [`TestNamespace::delete`].
 pub struct TestNamespace {
     pub client: Client,

@@ -2,7 +2,9 @@
 
 use std::{
     collections::BTreeMap,
+    fs::{self, Permissions},
     io::Write,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Stdio},
     time::Duration,
@@ -18,16 +20,21 @@ use kube::{
 };
 use node_image_builder::{
     device_plugin::{DEVICES, LABEL, RESOURCE},
-    native::accelerator,
+    native::accelerator::{self, KVM_DEVICE},
     process::Runner,
     secret::Redactor,
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{SYSTEM, TestNamespace, kubectl, until};
+use crate::{
+    cluster::{ChartValues, SYSTEM, TestNamespace, kubectl, status, until},
+    mirror::spec,
+};
 
 const LIMIT: Duration = Duration::from_secs(180);
+/// Longest time for a whole build on a busy machine.
+const BUILD_LIMIT: Duration = Duration::from_secs(25 * 60);
 const DAEMON_SET: &str = "node-image-builder-kvm";
 const COMPONENT: &str = "app.kubernetes.io/component=kvm-device-plugin";
 
@@ -123,7 +130,7 @@ async fn kubelet_gives_kvm_to_pods_without_privileges_where_a_guest_runs() {
     let scratch = tempfile::tempdir().unwrap();
     let runner = Runner::new(Redactor::default(), CancellationToken::new());
     let failure = accelerator::kvm_failure(scratch.path(), &runner).await.unwrap();
-    let there = Path::new(accelerator::KVM_DEVICE).exists();
+    let there = Path::new(KVM_DEVICE).exists();
     let capacity = if there { DEVICES } else { 0 };
     let really_runs = failure.is_none();
     eprintln!("  KVM on this machine: {}", failure.as_deref().unwrap_or("runs guests"));
@@ -147,26 +154,102 @@ async fn kubelet_gives_kvm_to_pods_without_privileges_where_a_guest_runs() {
     until_node_shows(&client, really_runs, capacity, allocatable).await;
 
     if there && !really_runs {
-        // From here on an emulator answers that says of each guest that it ran.
-        kubectl(&["-n", SYSTEM, "create", "configmap", DAEMON_SET, "--from-literal=emulator=#!/bin/sh\nexit 33\n"]);
-        let patch = json!({"spec": {"template": {"spec": {
-            "containers": [{"name": "kvm-device-plugin", "volumeMounts": [{
-                "name": "emulator", "mountPath": "/usr/local/bin/qemu-system-x86_64", "subPath": "emulator",
-            }]}],
-            "volumes": [{"name": "emulator", "configMap": {"name": DAEMON_SET, "defaultMode": 0o755}}],
-        }}}});
-        kubectl(&["-n", SYSTEM, "patch", "daemonset", DAEMON_SET, "-p", &patch.to_string()]);
-        wait_for_rollout();
-        until_node_shows(&client, true, DEVICES, DEVICES).await;
-        kubectl(&["-n", SYSTEM, "delete", "configmap", DAEMON_SET]);
+        say_that_guests_run();
     }
     if there {
+        until_node_shows(&client, true, DEVICES, DEVICES).await;
         let with = opens_kvm(&namespace, "with", json!({RESOURCE: "1"})).await;
         assert_eq!(phase(&with), "Succeeded", "{:?}", with.status);
         let without = opens_kvm(&namespace, "without", json!({})).await;
         assert_eq!(phase(&without), "Failed", "{:?}", without.status);
     }
     with_objects("delete");
-    kubectl(&["label", "node", &node(&client).await.name_any(), &format!("{LABEL}-")]);
+    forget_label(&client).await;
     namespace.delete().await;
+}
+
+#[tokio::test]
+async fn a_build_without_privileges_opens_the_device_that_only_the_nodes_root_may_open() {
+    let namespace = TestNamespace::create("kvm-userns").await;
+    if !Path::new(KVM_DEVICE).exists() {
+        eprintln!("  left out: this machine has no {KVM_DEVICE}");
+        return namespace.delete().await;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    let runner = Runner::new(Redactor::default(), CancellationToken::new());
+    let failure = accelerator::kvm_failure(scratch.path(), &runner).await.unwrap();
+    let mut wanted = spec();
+    wanted["verify"] = json!({"boot": "Required", "accelerator": "KVM"});
+
+    let chart = ChartValues::set(&["builds.userNamespaces=true"]);
+    namespace.apply("without-device", wanted.clone()).await;
+    let message = stalls(&namespace, "without-device").await;
+    assert!(message.contains("there is no /dev/kvm"), "{message}");
+    drop(chart);
+
+    let mode = Mode::set(KVM_DEVICE, 0o600);
+    let chart = ChartValues::set(&["builds.userNamespaces=true", "kvmDevicePlugin.enabled=true"]);
+    if failure.is_some() {
+        say_that_guests_run();
+    }
+    until_node_shows(&namespace.client, true, DEVICES, DEVICES).await;
+    namespace.apply("with-device", wanted).await;
+    match failure {
+        None => drop(namespace.wait_ready("with-device", BUILD_LIMIT).await),
+        // The device was opened, and KVM did what it does on this machine.
+        Some(why) => {
+            let message = stalls(&namespace, "with-device").await;
+            assert!(message.contains(&why), "{message}");
+        }
+    }
+    drop((chart, mode));
+    forget_label(&namespace.client).await;
+    namespace.delete().await;
+}
+
+/// What is said of a build for which no guest runs.
+async fn stalls(namespace: &TestNamespace, build: &str) -> String {
+    let build = namespace.wait_stalled(build, LIMIT).await;
+    let failure = &status(&build)["failure"];
+    eprintln!("  {}: {}", build.name_any(), failure["message"]);
+    assert_eq!(failure["reason"], "KvmUnavailable", "{failure}");
+    failure["message"].as_str().unwrap().to_owned()
+}
+
+/// The plugin's emulator says of each guest that it ran.
+fn say_that_guests_run() {
+    kubectl(&["-n", SYSTEM, "create", "configmap", DAEMON_SET, "--from-literal=emulator=#!/bin/sh\nexit 33\n"]);
+    let patch = json!({"spec": {"template": {"spec": {
+        "containers": [{"name": "kvm-device-plugin", "volumeMounts": [{
+            "name": "emulator", "mountPath": "/usr/local/bin/qemu-system-x86_64", "subPath": "emulator",
+        }]}],
+        "volumes": [{"name": "emulator", "configMap": {"name": DAEMON_SET, "defaultMode": 0o755}}],
+    }}}});
+    kubectl(&["-n", SYSTEM, "patch", "daemonset", DAEMON_SET, "-p", &patch.to_string()]);
+    wait_for_rollout();
+    kubectl(&["-n", SYSTEM, "delete", "configmap", DAEMON_SET]);
+}
+
+async fn forget_label(client: &Client) {
+    kubectl(&["label", "node", &node(client).await.name_any(), &format!("{LABEL}-")]);
+}
+
+/// The mode of a file, until this is dropped.
+struct Mode {
+    path: &'static str,
+    before: Permissions,
+}
+
+impl Mode {
+    fn set(path: &'static str, mode: u32) -> Self {
+        let before = fs::metadata(path).unwrap().permissions();
+        fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+        Self { path, before }
+    }
+}
+
+impl Drop for Mode {
+    fn drop(&mut self) {
+        fs::set_permissions(self.path, self.before.clone()).unwrap();
+    }
 }

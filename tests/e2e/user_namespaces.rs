@@ -1,6 +1,6 @@
 //! Builds whose pods are not privileged: they have a user namespace of their own.
 
-use std::{path::Path, process::Command, time::Duration};
+use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
@@ -10,39 +10,12 @@ use kube::{
 use serde_json::{Value, json};
 
 use crate::{
-    cluster::{SYSTEM, TestNamespace, kubectl, status},
+    cluster::{ChartValues, TestNamespace, kubectl, status},
     mirror::spec,
 };
 
 /// Longest time for a whole build on a busy machine without KVM.
 const BUILD_LIMIT: Duration = Duration::from_secs(25 * 60);
-
-/// The administrator's setting, until this is dropped.
-struct UserNamespaces;
-
-impl UserNamespaces {
-    fn on() -> Self {
-        set_user_namespaces(true);
-        Self
-    }
-}
-
-impl Drop for UserNamespaces {
-    fn drop(&mut self) {
-        set_user_namespaces(false);
-    }
-}
-
-fn set_user_namespaces(wanted: bool) {
-    let output = Command::new("helm")
-        .args(["upgrade", "node-image-builder", "charts/node-image-builder", "--namespace", SYSTEM])
-        .args(["--values", "dev/values.yaml", "--set", &format!("builds.userNamespaces={wanted}")])
-        .args(["--wait", "--timeout", "3m"])
-        .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")))
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
 
 /// The pod of the build, once it runs.
 async fn running_pod(namespace: &TestNamespace, build: &str) -> Pod {
@@ -92,7 +65,7 @@ async fn a_pod_without_privileges_builds_the_same_image_in_a_user_namespace() {
     assert_eq!(user_namespace(&pod), machines.to_string_lossy());
     let with_privileges = image(&namespace, "privileged").await;
 
-    let setting = UserNamespaces::on();
+    let setting = ChartValues::set(&["builds.userNamespaces=true"]);
     namespace.apply("unprivileged", spec()).await;
     let pod = running_pod(&namespace, "unprivileged").await;
     let rights = serde_json::to_value(&pod.spec.as_ref().unwrap().containers[0].security_context).unwrap();

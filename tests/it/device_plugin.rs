@@ -3,7 +3,9 @@
 
 use std::{
     convert::Infallible,
-    fs, io,
+    fs::{self, Permissions},
+    io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -155,6 +157,7 @@ struct Running {
     name: String,
     /// What the probe guest does.
     guest_runs: Arc<AtomicBool>,
+    open_to_everybody: bool,
     /// The client of the chart's service account for the plugin.
     client: Client,
 }
@@ -177,7 +180,7 @@ impl Running {
         for directory in ["plugins", "dev"] {
             fs::create_dir(dir.path().join(directory)).unwrap();
         }
-        Self { dir, nodes, name: name.to_owned(), guest_runs: Arc::default(), client }
+        Self { dir, nodes, name: name.to_owned(), guest_runs: Arc::default(), open_to_everybody: false, client }
     }
 
     fn plugins(&self) -> PathBuf {
@@ -193,6 +196,7 @@ impl Running {
         let plugin = DevicePlugin {
             dir: self.plugins(),
             device: self.device(),
+            open_to_everybody: self.open_to_everybody,
             node: self.name.clone(),
             client: self.client.clone(),
         };
@@ -253,6 +257,27 @@ async fn devices_and_label_follow_what_really_runs() {
 }
 
 #[tokio::test]
+async fn everybody_may_open_a_given_device_where_pods_have_user_namespaces() {
+    for (name, open_to_everybody, given) in [("kvm-kept", false, 0o600), ("kvm-opened", true, 0o666)] {
+        let running = Running { open_to_everybody, ..Running::prepare(name).await };
+        fs::write(running.device(), "").unwrap();
+        fs::set_permissions(running.device(), Permissions::from_mode(0o600)).unwrap();
+        running.guest_runs.store(true, Ordering::SeqCst);
+        let mode = || fs::metadata(running.device()).unwrap().permissions().mode() & 0o777;
+        let mut kubelet = Kubelet::start(&running.plugins());
+        let test = async {
+            let mut plugin = kubelet.plugin().await;
+            assert_eq!(plugin.next_list().await, (DEVICES, DEVICES));
+            plugin.allocate(&["kvm-9999"]).await.unwrap_err();
+            assert_eq!(mode(), 0o600, "nobody was given one");
+            plugin.allocate(&["kvm-0"]).await.unwrap();
+            assert_eq!(mode(), given, "{name}");
+        };
+        Box::pin(running.during(test)).await;
+    }
+}
+
+#[tokio::test]
 async fn the_plugin_registers_at_every_kubelet() {
     let running = Running::prepare("kvm-registers").await;
     fs::write(running.device(), "").unwrap();
@@ -287,6 +312,7 @@ async fn without_kubelets_directory_the_plugin_says_so() {
     let plugin = DevicePlugin {
         dir: running.plugins(),
         device: running.device(),
+        open_to_everybody: false,
         node: running.name.clone(),
         client: running.client.clone(),
     };

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use secrecy::SecretString;
 
 use super::{UsageError, keys::Keys};
-use crate::contract::{OsName, Proxy};
+use crate::{
+    cli::duration,
+    contract::{OsName, Proxy},
+};
 
 /// What the image starts from.
 #[derive(Clone, Debug, Default)]
@@ -265,21 +268,12 @@ impl Ssh {
         let timeout_seconds = match keys.text("ssh_timeout")? {
             None => None,
             Some(text) => Some(
-                seconds(&text)
+                duration::parse(&text)
+                    .ok()
+                    .and_then(|duration| u32::try_from(duration.as_secs()).ok())
                     .ok_or_else(|| keys.invalid("ssh_timeout", "write a duration such as \"40m\" or \"1h30m\""))?,
             ),
         };
         Ok(Self { timeout_seconds, handshake_attempts: keys.number("ssh_handshake_attempts", 1)? })
     }
-}
-
-/// Whole seconds of a duration as Go programs write it: `1h30m`, `90s`.
-fn seconds(text: &str) -> Option<u32> {
-    // What reads it ends the program where a part of it is negative, or more than can be counted.
-    const LONGEST: usize = 16;
-    if text.len() > LONGEST || text.contains('-') {
-        return None;
-    }
-    let duration: kube::core::Duration = text.parse().ok()?;
-    u32::try_from(std::time::Duration::from(duration).as_secs()).ok()
 }

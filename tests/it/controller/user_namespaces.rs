@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::{
     batch::v1::Job,
-    core::v1::{Event, ObjectReference, PodSpec},
+    core::v1::{Event, ObjectReference, Pod, PodSpec},
 };
 use kube::{
     Resource, ResourceExt,
@@ -52,9 +52,8 @@ async fn builds_are_not_privileged_and_need_the_privileged_level_all_the_same() 
     assert_eq!((pod.host_users, kept), (Some(false), rights));
 }
 
-#[tokio::test]
-async fn a_node_that_has_no_user_namespaces_is_told_while_the_pod_waits() {
-    let harness = harness("nousers").await;
+/// A build whose pod kubelet gives no user namespace, and what kubelet says.
+async fn waits_for_a_user_namespace(harness: &Harness) -> (Pod, &'static str) {
     harness.create("image", json!({})).await;
     let pod = harness.create_pod(&harness.job("image").await, 0).await.unwrap();
     // As kubelet 1.34 says it with containerd 1.6.
@@ -67,6 +66,13 @@ async fn a_node_that_has_no_user_namespaces_is_told_while_the_pod_waits() {
         ..Event::default()
     };
     harness.api::<Event>().create(&PostParams::default(), &event).await.unwrap();
+    (pod, refusal)
+}
+
+#[tokio::test]
+async fn a_node_that_has_no_user_namespaces_is_told_while_the_pod_waits() {
+    let harness = harness("nousers").await;
+    let (pod, refusal) = waits_for_a_user_namespace(&harness).await;
     let expected = Some(("True", "UserNamespacesUnsupported"));
     let status = harness.until("image", "explained", |s| condition(s, "Reconciling") == expected).await;
     assert_eq!((status.phase, condition(&status, "Stalled")), (Some(Phase::Pending), None));
@@ -78,6 +84,23 @@ async fn a_node_that_has_no_user_namespaces_is_told_while_the_pod_waits() {
     harness.run_pod(&pod).await;
     let status = harness.until("image", "building", |s| s.phase == Some(Phase::Building)).await;
     assert_eq!(condition(&status, "Reconciling"), Some(("True", "Building")));
+}
+
+#[tokio::test]
+async fn a_build_that_waits_for_its_user_namespace_starts_anew_when_none_is_wanted_any_more() {
+    let mut harness = harness("lessusers").await;
+    waits_for_a_user_namespace(&harness).await;
+    let expected = Some(("True", "UserNamespacesUnsupported"));
+    harness.until("image", "explained", |s| condition(s, "Reconciling") == expected).await;
+    harness.stop_operator().await;
+    harness.start_operator();
+    harness.until("image", "replaced", |s| condition(s, "Reconciling") == Some(("True", "Replacing"))).await;
+    // As the garbage collector does.
+    harness.remove_pods().await;
+    harness.until("image", "building", |s| condition(s, "Reconciling") == Some(("True", "Building"))).await;
+    let job = spec(&harness.job("image").await);
+    let privileged = job.containers[0].security_context.as_ref().unwrap().privileged;
+    assert_eq!((job.host_users, privileged), (None, Some(true)));
 }
 
 #[tokio::test]
