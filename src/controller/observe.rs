@@ -128,8 +128,9 @@ pub(super) async fn observe(build: Arc<NodeImageBuild>, context: &Context, now: 
         if let JobState::Active { pod: PodState::Pending { pod, blocker, user_namespace: true, .. }, .. } =
             &mut job.state
         {
-            job.outdated = !context.settings.placement.user_namespaces;
-            if blocker.is_none() {
+            if !context.settings.placement.user_namespaces {
+                job.outdated = true;
+            } else if blocker.is_none() {
                 *blocker = no_user_namespace(context, &namespace, &pods, pod).await?;
             }
         }

@@ -1,7 +1,7 @@
 //! What runs a guest: KVM where it really does, else software emulation.
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{self, Write},
     path::Path,
     time::Duration,
@@ -92,7 +92,7 @@ pub async fn probe(wanted: Accelerator, scratch: &Path, runner: &Runner) -> Resu
 
 /// Why KVM runs no guest, if it does not; found out by running one, in `scratch`.
 pub async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<String>, AcceleratorError> {
-    if let Err(error) = OpenOptions::new().read(true).write(true).open(KVM_DEVICE) {
+    if let Err(error) = open_kvm() {
         return Ok(Some(not_opened(&error)));
     }
     let mut firmware = tempfile::Builder::new()
@@ -116,6 +116,11 @@ pub async fn kvm_failure(scratch: &Path, runner: &Runner) -> Result<Option<Strin
         Err(source) => Err(AcceleratorError::Emulator { source }),
         Ok(_) => Ok(Some("the probe guest ended without an answer".to_owned())),
     }
+}
+
+/// Opens KVM's device as QEMU does.
+pub fn open_kvm() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(KVM_DEVICE)
 }
 
 /// Why there is no use in a guest.

@@ -3,10 +3,9 @@
 use std::{
     collections::BTreeMap,
     fs::{self, Permissions},
-    io::Write,
     os::unix::fs::PermissionsExt,
     path::Path,
-    process::{Command, Stdio},
+    process::Command,
     time::Duration,
 };
 
@@ -40,21 +39,6 @@ const COMPONENT: &str = "app.kubernetes.io/component=kvm-device-plugin";
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-/// `kubectl VERB` for the chart's objects of the device plugin.
-fn with_objects(verb: &str) {
-    let output = Command::new("helm")
-        .args(["template", "node-image-builder", "charts/node-image-builder", "--namespace", SYSTEM])
-        .args(["--values", "dev/values.yaml", "--set", "kvmDevicePlugin.enabled=true"])
-        .args(["--kube-version", "1.34.0", "--show-only", "templates/kvm-device-plugin.yaml"])
-        .current_dir(root())
-        .output()
-        .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let mut child = Command::new("kubectl").args([verb, "-f", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(&output.stdout).unwrap();
-    assert!(child.wait().unwrap().success(), "kubectl {verb}");
 }
 
 fn wait_for_rollout() {
@@ -135,8 +119,7 @@ async fn kubelet_gives_kvm_to_pods_without_privileges_where_a_guest_runs() {
     let really_runs = failure.is_none();
     eprintln!("  KVM on this machine: {}", failure.as_deref().unwrap_or("runs guests"));
 
-    with_objects("apply");
-    wait_for_rollout();
+    let chart = ChartValues::set(&["kvmDevicePlugin.enabled=true"]);
     let allocatable = if really_runs { DEVICES } else { 0 };
     until_node_shows(&client, really_runs, capacity, allocatable).await;
     if !really_runs {
@@ -163,7 +146,7 @@ async fn kubelet_gives_kvm_to_pods_without_privileges_where_a_guest_runs() {
         let without = opens_kvm(&namespace, "without", json!({})).await;
         assert_eq!(phase(&without), "Failed", "{:?}", without.status);
     }
-    with_objects("delete");
+    drop(chart);
     forget_label(&client).await;
     namespace.delete().await;
 }

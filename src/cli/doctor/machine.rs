@@ -1,9 +1,7 @@
 //! Looks at this machine. All looking is here; nothing is judged.
 
 use std::{
-    env,
-    fs::{self, OpenOptions},
-    io,
+    env, fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,6 +16,7 @@ use crate::{
     error::Chain,
     fetch::{TransportError, shown},
     http,
+    native::accelerator,
 };
 
 /// Longest time for one server to answer.
@@ -91,7 +90,7 @@ pub(crate) async fn examine(work_dir: &Path, endpoints: Vec<Url>) -> Machine {
         privileges: user_namespace::look(),
         missing_tools: missing(&env::var_os("PATH").unwrap_or_default()),
         firmware: OVMF.iter().any(|file| Path::new(file).exists()),
-        kvm: match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        kvm: match accelerator::open_kvm() {
             Ok(_) => Kvm::Usable,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Kvm::Absent,
             Err(_) => Kvm::Refused,
